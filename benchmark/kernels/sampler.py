@@ -1,0 +1,120 @@
+"""Microseconds per row of `Sampler.sample`, by kind of sampling and batch size; prints one JSON line.
+
+    python benchmark/kernels/sampler.py [--device cpu] [--threads 1] [--vocab-size 49152] [--batch 1 16]
+
+The logits look like a language model's: log-probability falls with the logarithm of the rank, in a random order of ids.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "serving"))
+
+import machine
+
+from sglang.srt.sampling.sampler import PenaltyState, Sampler, SamplingRow
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "greedy": ({"temperature": 0}, {}),
+    "greedy_logprob": ({"temperature": 0}, {"return_logprob": True}),
+    "temperature": ({"temperature": 0.8}, {}),
+    "temperature_1_logprob": ({"temperature": 1.0}, {"return_logprob": True}),
+    "top_p_0.95": ({"temperature": 0.8, "top_p": 0.95}, {}),
+    "top_k_50": ({"temperature": 0.8, "top_k": 50}, {}),
+    "min_p_0.05": ({"temperature": 0.8, "min_p": 0.05}, {}),
+    "repetition_1.1": ({"temperature": 0.8, "repetition_penalty": 1.1}, {}),
+    "top_logprobs_5": ({"temperature": 0.8}, {"return_logprob": True, "top_logprobs_num": 5}),
+}
+
+
+def typical_logits(size: int, vocab_size: int) -> torch.Tensor:
+    """float32 [size, vocab_size]; the likeliest token has a probability of about 0.4 at temperature 1."""
+    generator = np.random.default_rng(0)
+    by_rank = 18.0 - 1.5 * np.log(np.arange(1, vocab_size + 1)) + generator.normal(0.0, 0.3, (size, vocab_size))
+    return torch.from_numpy(generator.permuted(by_rank, axis=1).astype(np.float32))
+
+
+def make_rows(size: int, vocab_size: int, device: torch.device, case: str) -> list[SamplingRow]:
+    """A batch of one kind, each request with a prompt of 256 tokens."""
+    parameters, extras = CASES[case]
+    parsed = SamplingParams.from_dict(parameters)
+    rows = []
+    for seed in range(size):
+        spec = parsed.resolve(vocab_size=vocab_size, eos_ids=(2,), max_new_tokens=4096, seed=seed)
+        prompt = np.random.default_rng(seed).integers(vocab_size, size=256)
+        penalties = PenaltyState.create(spec, prompt, [], vocab_size, device)
+        rows.append(SamplingRow(spec, 0, penalties, **extras))
+    return rows
+
+
+def median_seconds(step: Callable[[], object], budget: float) -> float:
+    """Median duration of `step`, called for about `budget` seconds after a warm-up."""
+    for _ in range(5):
+        step()
+    durations: list[float] = []
+    while sum(durations) < budget or len(durations) < 10:
+        start = time.perf_counter()
+        step()
+        durations.append(time.perf_counter() - start)
+    return statistics.median(durations)
+
+
+def measure(sampler: Sampler, size: int, case: str, budget: float) -> float:
+    """Microseconds per row, results on the host included."""
+    logits = typical_logits(size, sampler.vocab_size).to(sampler.device)
+    rows = make_rows(size, sampler.vocab_size, sampler.device, case)
+
+    def step() -> None:
+        for row in rows:
+            row.position += 1
+        sampler.sample(logits, rows).to_host()
+
+    return median_seconds(step, budget) / size * 1e6
+
+
+def main() -> None:
+    """Parse the command line, measure every case, print the line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--vocab-size", type=int, default=49152)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--seconds", type=float, default=0.5, help="time spent on each figure")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    sampler = Sampler(arguments.vocab_size, torch.device(arguments.device))
+    figures = {
+        case: {str(size): round(measure(sampler, size, case, arguments.seconds), 1) for size in arguments.batch}
+        for case in CASES
+    }
+    line = {
+        "benchmark": "sampler",
+        "unit": "us/row by batch size",
+        "figures": figures,
+        "vocab_size": arguments.vocab_size,
+        "threads": arguments.threads,
+        "torch_device": arguments.device,
+        "commit": machine.commit(),
+        "device": machine.device(),
+        "load_average": machine.load_average(),
+        "torch": torch.__version__,
+    }
+    if arguments.device.startswith("cuda"):
+        line["gpu"] = torch.cuda.get_device_name()
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()

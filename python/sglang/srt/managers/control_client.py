@@ -1,0 +1,75 @@
+"""Round trips to the scheduler that are not requests: pause, continue, flush, statistics.
+
+Owned by TokenizerManager. A call is sent when it is made, not when it is awaited, so calls reach the scheduler in the
+order of the program.
+Invariant: a call ends with its reply, the back's death, or the cancellation of its caller, and is then forgotten.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+
+from sglang.srt.managers.io_struct import wire
+from sglang.srt.managers.io_struct.wire import CallReply, PauseMode
+
+Call = wire.PauseCall | wire.ContinueCall | wire.FlushCacheCall | wire.StatsCall
+
+
+class ControlClient:
+    """Sends calls and hands each reply to the future that waits for it.
+
+    Args:
+        send: puts a message on the wire, after everything that was queued before it.
+    """
+
+    def __init__(self, send: Callable[[wire.ToBack], None]) -> None:
+        self._send = send
+        self._call_ids = itertools.count(1)
+        self._pending: dict[int, asyncio.Future[CallReply]] = {}
+        self._error: Exception | None = None
+
+    @property
+    def num_pending(self) -> int:
+        """Calls without a reply."""
+        return len(self._pending)
+
+    def pause(self, mode: PauseMode) -> asyncio.Future[CallReply]:
+        """Freeze the scheduler (IN_PLACE), or send its running requests back to the queue (RETRACT)."""
+        return self._call(lambda call_id: wire.PauseCall(call_id, mode))
+
+    def resume(self) -> asyncio.Future[CallReply]:
+        """Undo `pause`."""
+        return self._call(wire.ContinueCall)
+
+    def flush_cache(self) -> asyncio.Future[CallReply]:
+        """Empty the prefix cache; `success` is False while a request owns KV pages."""
+        return self._call(wire.FlushCacheCall)
+
+    def stats(self) -> asyncio.Future[CallReply]:
+        """Ask for the scheduler's state."""
+        return self._call(wire.StatsCall)
+
+    def resolve(self, reply: CallReply) -> None:
+        """A reply has come; one that nobody waits for any more is dropped."""
+        future = self._pending.get(reply.call_id)
+        if future is not None and not future.done():
+            future.set_result(reply)
+
+    def fail_all(self, error: Exception) -> None:
+        """The back is gone: every pending and every later call fails with `error`."""
+        self._error = error
+        for future in self._pending.values():
+            if not future.done():
+                future.set_exception(error)
+
+    def _call(self, make: Callable[[int], Call]) -> asyncio.Future[CallReply]:
+        if self._error is not None:
+            raise self._error
+        call_id = next(self._call_ids)
+        self._send(make(call_id))
+        future: asyncio.Future[CallReply] = asyncio.get_running_loop().create_future()
+        self._pending[call_id] = future
+        future.add_done_callback(lambda _: self._pending.pop(call_id, None))
+        return future

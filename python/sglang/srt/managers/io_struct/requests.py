@@ -1,0 +1,177 @@
+"""Request objects under upstream's public names: the JSON bodies of the native endpoints and what `Engine` builds.
+
+Parsing follows stock: unknown keys are ignored, numeric strings coerce, `null` for a non-optional field is an error.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import msgspec
+
+from sglang.srt.errors import RequestError
+from sglang.srt.managers.io_struct.wire import PauseMode
+
+UNSUPPORTED_FIELDS = {
+    "input_embeds": "embeddings as input are not supported; send text or input_ids",
+    "image_data": "images are not supported by text models",
+    "video_data": "videos are not supported by text models",
+    "audio_data": "audio is not supported by text models",
+    "session_params": "sessions are not supported; send the whole prompt, the prefix cache makes it cheap",
+    "custom_logit_processor": "custom logit processors are not supported",
+    "return_hidden_states": "hidden states are not returned by this server",
+    "return_routed_experts": "the model has no experts",
+}
+"""Fields of the public schema that this server refuses when they ask for something, with the reason."""
+
+
+class GenerateReqInput(msgspec.Struct, kw_only=True, dict=True):
+    """Body of `/generate`: one prompt, or a batch of prompts (lists).
+
+    Exactly one of `text` and `input_ids` is given. Single when `text` is a str or `input_ids` a flat list of ints.
+    Per-prompt fields may be a scalar (applies to all) or a list as long as the batch.
+    """
+
+    rid: str | list[str] | None = None
+    text: str | list[str] | None = None
+    input_ids: list[int | list[int]] | None = None
+    input_embeds: Any = None
+    image_data: Any = None
+    video_data: Any = None
+    audio_data: Any = None
+    sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None
+    return_logprob: bool | list[bool] | None = None
+    logprob_start_len: int | list[int] | None = None
+    top_logprobs_num: int | list[int] | None = None
+    token_ids_logprob: list[int | list[int] | None] | None = None
+    return_text_in_logprobs: bool = False
+    stream: bool = False
+    lora_path: str | list[str | None] | None = None
+    lora_id: str | list[str | None] | None = None
+    session_params: Any = None
+    custom_logit_processor: Any = None
+    return_hidden_states: bool | list[bool] = False
+    return_routed_experts: bool = False
+    priority: int | None = None
+    extra_key: str | list[str | None] | None = None
+    log_metrics: bool = True
+    no_logs: bool = False
+    model: str | None = None
+
+    @property
+    def is_single(self) -> bool:
+        """Whether this asks for one prompt (n > 1 samples of it still count as single)."""
+        if self.text is not None:
+            return isinstance(self.text, str)
+        return not self.input_ids or not isinstance(self.input_ids[0], list)
+
+    @property
+    def batch_size(self) -> int:
+        """Number of prompts."""
+        if self.is_single:
+            return 1
+        return len(self.text if self.text is not None else self.input_ids or [])
+
+    def check(self) -> None:
+        """Refuse what the schema allows and this server cannot do.
+
+        Raises:
+            RequestError: no input, two inputs, an empty batch, a list of the wrong length, or an unsupported field.
+        """
+        for name, reason in UNSUPPORTED_FIELDS.items():
+            if getattr(self, name):
+                raise RequestError(f"{name}: {reason}.")
+        if (self.text is None) == (self.input_ids is None):
+            raise RequestError("Either text, input_ids or input_embeds should be provided.")
+        if not self.is_single and self.input_ids is not None:
+            for i, ids in enumerate(self.input_ids):
+                if not isinstance(ids, list):
+                    raise RequestError(f"input_ids[{i}] is {ids!r}: a batch holds one list of ids per prompt.")
+        elif self.input_ids is not None and any(isinstance(i, list) for i in self.input_ids):
+            raise RequestError("input_ids mixes ids and lists; send a flat list, or one list per prompt.")
+        if self.batch_size == 0:
+            raise RequestError("The batch is empty; send at least one prompt.")
+        if self.is_single and isinstance(self.rid, list):
+            raise RequestError("rid must be a string for a single prompt.")
+        self._check_lengths()
+
+    def _check_lengths(self) -> None:
+        if self.is_single:
+            for name in (
+                "sampling_params",
+                "return_logprob",
+                "logprob_start_len",
+                "top_logprobs_num",
+                "lora_path",
+                "extra_key",
+            ):
+                if isinstance(getattr(self, name), list):
+                    raise RequestError(f"{name} is a list, but there is a single prompt.")
+            return
+        for name in (
+            "rid",
+            "sampling_params",
+            "return_logprob",
+            "logprob_start_len",
+            "top_logprobs_num",
+            "lora_path",
+            "extra_key",
+        ):
+            value = getattr(self, name)
+            if isinstance(value, list) and len(value) != self.batch_size:
+                raise RequestError(f"{name} has {len(value)} entries for a batch of {self.batch_size} prompts.")
+
+    def __getitem__(self, i: int) -> GenerateReqInput:
+        """The i-th prompt of a batch as a single request; scalars are shared. A string rid becomes `rid_i`."""
+        one = copy.copy(self)
+        if self.is_single:
+            return one
+        for name in ("text", "input_ids"):
+            value = getattr(self, name)
+            setattr(one, name, value if value is None else value[i])
+        for name in (
+            "sampling_params",
+            "return_logprob",
+            "logprob_start_len",
+            "top_logprobs_num",
+            "lora_path",
+            "lora_id",
+            "extra_key",
+        ):
+            value = getattr(self, name)
+            setattr(one, name, value[i] if isinstance(value, list) else value)
+        if isinstance(self.rid, list):
+            one.rid = self.rid[i]
+        elif self.rid is not None:
+            one.rid = f"{self.rid}_{i}"
+        ids = self.token_ids_logprob
+        if ids and isinstance(ids[0], list | None):
+            one.token_ids_logprob = ids[i]  # type: ignore[assignment]
+        return one
+
+
+class AbortReq(msgspec.Struct, kw_only=True):
+    """Body of `/abort_request`: one rid, every rid that starts with it (`prefix`), or everything."""
+
+    rid: str | None = None
+    abort_all: bool = False
+    prefix: bool = False
+
+
+class PauseGenerationReqInput(msgspec.Struct, kw_only=True):
+    """Body of `/pause_generation`."""
+
+    mode: PauseMode = PauseMode.ABORT
+
+
+class ContinueGenerationReqInput(msgspec.Struct, kw_only=True):
+    """Body of `/continue_generation`; the field is accepted for stock's clients and has no effect without CUDA."""
+
+    torch_empty_cache: bool = True
+
+
+class FlushCacheReqInput(msgspec.Struct, kw_only=True):
+    """Query of `/flush_cache`: seconds to wait for an idle scheduler before giving up."""
+
+    timeout: float = 0.0

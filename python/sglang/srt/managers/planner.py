@@ -1,0 +1,244 @@
+"""Which request runs next, on how many tokens: the waiting queue, the running set and the memory estimate between them.
+
+Called by the scheduler: `next_step` before a launch, `commit` after it. The planner owns the three places a live request
+can be (waiting, partial, running) and is the only caller of KVManager's open/reserve/close.
+
+Order of a step: prompts first (chunked to a token budget), else one token for every running sequence; with
+`mixed_chunk` both together. When decoding runs out of pages, the newest requests are retracted: the oldest one always
+makes progress, so nothing starves.
+"""
+
+from __future__ import annotations
+
+import bisect
+
+from sglang.srt.config.sections import ScheduleSection
+from sglang.srt.managers.batch import Segment, StepPlan, build_step, plan_decode, plan_segment
+from sglang.srt.managers.request import Request, Stage
+from sglang.srt.mem_cache.kv_manager import KVManager
+
+LPM_MAX_QUEUE = 128
+"""Beyond this many waiting requests, sorting them by matched prefix costs more than it saves: first come, first served."""
+DEDUPE_TOKENS = 32
+"""A prompt whose next this many tokens are being prefilled right now waits a step and finds them in the cache."""
+ESTIMATE_CLIP = 4096
+"""Output tokens of one request that the memory estimate counts at most."""
+START_RATIO, MIN_RATIO, RATIO_STEPS = 0.7, 0.1, 600
+"""Share of the remaining output budget set aside per running request: falls from the first to the second in so many steps."""
+
+
+class Planner:
+    """Chooses steps.
+
+    Args:
+        kv: memory of every sequence; nobody else opens or closes sequences in it. Its slots bound the running set.
+    """
+
+    def __init__(self, schedule: ScheduleSection, kv: KVManager) -> None:
+        self.schedule = schedule
+        self.kv = kv
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.partial: Request | None = None
+        self.num_retractions = 0
+        self._start_ratio = min(1.0, START_RATIO * schedule.conservativeness)
+        self._ratio = self._start_ratio
+
+    @property
+    def live(self) -> list[Request]:
+        """Requests that hold KV."""
+        return self.running if self.partial is None else [*self.running, self.partial]
+
+    def add(self, request: Request) -> None:
+        """Queue a request in order of arrival (a retracted one returns to its old place)."""
+        bisect.insort(self.waiting, request, key=lambda r: r.arrival)
+
+    def next_step(self, in_flight: bool) -> StepPlan | None:
+        """The next step, or None: nothing to do, or (only when `in_flight`) results must be read first."""
+        mixed = self.schedule.mixed_chunk
+        decodes = self._decodes(in_flight) if mixed else []
+        if decodes is None:
+            return None
+        segments = decodes + self._prefills(len(decodes))
+        if not segments and not mixed:
+            segments = self._decodes(in_flight) or []
+        return build_step(segments, self.kv) if segments else None
+
+    def commit(self, plan: StepPlan) -> None:
+        """Account for a step that has been launched: its KV may be shared with every later step from now on."""
+        for segment in plan.segments:
+            request = segment.request
+            request.num_computed = segment.end
+            request.num_scheduled_outputs += segment.samples
+            if segment.is_decode:
+                continue
+            assert request.kv is not None
+            self.kv.share(request.kv, request.computed_tokens)
+            if segment.end == request.num_known:
+                request.stage = Stage.RUNNING
+                self.running.append(request)
+                if request is self.partial:
+                    self.partial = None
+            else:
+                self.partial = request
+
+    def remove(self, request: Request) -> None:
+        """Take a finished or aborted request out, wherever it is, and free its memory (full pages stay cached)."""
+        if request.stage is Stage.WAITING:
+            self.waiting.remove(request)
+        elif request is self.partial:
+            self.partial = None
+        else:
+            self.running.remove(request)
+        self._close(request)
+        request.stage = Stage.FINISHED
+
+    def retract_all(self) -> None:
+        """Send every request back to the queue; no step may be in flight."""
+        for request in list(self.live):
+            self._retract(request)
+
+    def _close(self, request: Request) -> None:
+        if request.kv is not None:
+            self.kv.close(request.kv, request.computed_tokens)
+            request.kv = None
+
+    def _retract(self, request: Request) -> None:
+        if request is self.partial:
+            self.partial = None
+        else:
+            self.running.remove(request)
+        self._close(request)
+        request.retract()
+        self.num_retractions += 1
+        self.add(request)
+
+    # ---- decode ----------------------------------------------------------------------------------------------------
+
+    def _decodes(self, in_flight: bool) -> list[Segment] | None:
+        """One token for every running sequence that may still grow; None when results must be read before retracting."""
+        decay = (self._start_ratio - MIN_RATIO) / RATIO_STEPS
+        self._ratio = max(min(MIN_RATIO, self._start_ratio), self._ratio - decay)
+        segments = []
+        for request in sorted(self.running, key=lambda r: r.arrival):
+            if request.stage is not Stage.RUNNING or request.remaining_outputs <= 0:
+                continue
+            assert request.kv is not None
+            while not self.kv.reserve(request.kv, request.num_computed + 1):
+                if in_flight:
+                    return None
+                self._ratio = self._start_ratio
+                victim = max(self.live, key=lambda r: r.arrival)
+                self._retract(victim)
+                if victim is request:
+                    break
+            if request.stage is Stage.RUNNING:
+                segments.append(plan_decode(request))
+        return segments
+
+    # ---- prefill ---------------------------------------------------------------------------------------------------
+
+    def _prefills(self, num_decodes: int) -> list[Segment]:
+        """Prompt chunks within the token budget: the partial request first, then the queue in policy order."""
+        budget = self.schedule.max_prefill_tokens
+        if self.schedule.chunked_prefill_size is not None:
+            budget = min(budget, self.schedule.chunked_prefill_size)
+        budget -= num_decodes
+        segments: list[Segment] = []
+        in_progress: set[tuple[int, bytes]] = set()
+        if self.partial is not None:
+            in_progress.add(self._next_tokens(self.partial))
+            segment = self._extend(self.partial, budget)
+            if segment is None or segment.end < self.partial.num_known:
+                return [segment] if segment else []
+            segments.append(segment)
+            budget -= segment.end - segment.start
+        for request in self._ordered_queue():
+            if budget <= 0 or not self.kv.table.num_free:
+                break
+            outcome = self._admit(request, budget, segments, in_progress)
+            if outcome is None:
+                break
+            if outcome:
+                segments.append(outcome)
+                budget -= outcome.end - outcome.start
+                if outcome.end < request.num_known:
+                    break
+        if segments:
+            self.waiting = [r for r in self.waiting if r.stage is Stage.WAITING]
+        return segments
+
+    def _ordered_queue(self) -> list[Request]:
+        queue = self.waiting
+        if self.schedule.policy == "lpm" and 1 < len(queue) <= LPM_MAX_QUEUE:
+            matched = {r.req_id: len(self._match(r).pages) for r in queue}
+            queue = sorted(queue, key=lambda r: -matched[r.req_id])
+        if self.schedule.enable_priority:
+            queue = sorted(queue, key=lambda r: -r.priority)
+        return list(queue)
+
+    def _match(self, request: Request):  # type: ignore[no-untyped-def]
+        return self.kv.match(request.namespace, request.known_tokens[: request.match_limit])
+
+    def _extend(self, request: Request, budget: int) -> Segment | None:
+        """The partial request's next chunk, or None when there is no room for it yet."""
+        assert request.kv is not None
+        end = self._chunk_end(request, request.num_computed, budget)
+        if end is None or not self.kv.reserve(request.kv, end):
+            return None
+        return plan_segment(request, end)
+
+    def _admit(
+        self, request: Request, budget: int, segments: list[Segment], in_progress: set[tuple[int, bytes]]
+    ) -> Segment | bool | None:
+        """Start a waiting request: its first chunk; False to skip it this step; None to admit nothing more."""
+        match = self._match(request)
+        matched = len(match.pages) * self.kv.page_size
+        key = (id(match.node), request.known_tokens[matched : matched + DEDUPE_TOKENS].tobytes())
+        if self.kv.cache.enabled and request.num_known - matched > DEDUPE_TOKENS and key in in_progress:
+            return False
+        end = self._chunk_end(request, matched, budget, alone=not segments)
+        if end is None:
+            return None
+        kv = self.kv.open(request.namespace, match)
+        assert kv is not None
+        request.kv, request.num_computed = kv, matched
+        if not self._fits(request, segments) or not self.kv.reserve(kv, end):
+            self._close(request)
+            request.num_computed = 0
+            return None
+        in_progress.add(key)
+        request.stage = Stage.PREFILLING
+        if not request.num_retractions:
+            request.cached_tokens = matched
+        return plan_segment(request, end)
+
+    def _chunk_end(self, request: Request, start: int, budget: int, alone: bool = True) -> int | None:
+        """Where a chunk that starts at `start` ends; None when nothing can be done within the budget."""
+        total = request.num_known
+        if total - start <= budget:
+            return total
+        if self.schedule.chunked_prefill_size is None:
+            return total if alone else None
+        end = (start + budget) // self.kv.page_size * self.kv.page_size
+        return end if end > start else None
+
+    def _fits(self, request: Request, segments: list[Segment]) -> bool:
+        """Whether the whole request, and what the others are expected to need, fit; the first one always may try."""
+        others = [*self.live, *(s.request for s in segments if s.request is not self.partial)]
+        if not others:
+            return True
+        needed = self._still_needed(request) + sum(self._still_needed(other) for other in others)
+        return needed <= self.kv.available
+
+    def _still_needed(self, request: Request) -> float:
+        """Tokens a request is expected to allocate from now on."""
+        assert request.kv is not None
+        prompt = max(0, request.num_known - request.kv.num_pages * self.kv.page_size)
+        return prompt + min(max(request.remaining_outputs, 0), ESTIMATE_CLIP) * self._ratio + self.kv.page_size
+
+    def _next_tokens(self, request: Request) -> tuple[int, bytes]:
+        """Key of the tokens a partial request computes next, comparable with what a waiting request would."""
+        assert request.kv is not None
+        start = request.kv.num_shared * self.kv.page_size
+        return id(request.kv.node), request.known_tokens[start : start + DEDUPE_TOKENS].tobytes()

@@ -1,0 +1,200 @@
+"""The one owner of live records: opens them, sends them, ends them, and closes each exactly once.
+
+Used by TokenizerManager only, on the event-loop thread; apart from `closed`, nothing here waits, so every transition is
+one uninterruptible step. What a client does (abort, disconnect, pause) only ever marks a record and sends a message.
+Invariants: a DISPATCHED record closes when its terminal row comes or the back dies, and in no other way; a NEW record
+closes as soon as it is not wanted; `_close` is the only place where a record's resources are given back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+
+from sglang.srt.errors import ServiceUnavailableError
+from sglang.srt.managers.io_struct import wire
+from sglang.srt.managers.io_struct.wire import Finish
+from sglang.srt.managers.outbox import Outbox
+from sglang.srt.managers.request_state import FrontCounters, RecordState, RequestGroup, RequestMetrics, RequestRecord
+from sglang.srt.managers.response import WAITING_ABORT, abort_error, finish_reason
+from sglang.srt.managers.rid_index import RidIndex
+from sglang.srt.managers.step_output import apply_step
+
+logger = logging.getLogger(__name__)
+
+
+class RequestLifecycle:
+    """Records in flight, the gate that an abort-mode pause closes, and the way to the scheduler.
+
+    Args:
+        send: hands one message to the channel.
+        weight_version: names the weights that serve now; a reply carries the name at its end.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[wire.ToBack], None],
+        weight_version: Callable[[], str],
+        metrics: RequestMetrics | None = None,
+    ) -> None:
+        self.records: dict[int, RequestRecord] = {}
+        self.rids = RidIndex()
+        self.counters = FrontCounters()
+        self.outbox = Outbox(send, self._undeliverable)
+        self._weight_version = weight_version
+        self._metrics = metrics
+        self._gate_open = True
+        self._held: dict[RequestGroup, None] = {}
+        self._drains: list[tuple[set[int], asyncio.Future[None]]] = []
+
+    def open(self, group: RequestGroup) -> None:
+        """Take a call's records: from here on they can be aborted and must be closed.
+
+        Raises:
+            RequestError: a rid is in flight already; no record has been taken.
+        """
+        self.rids.add(group.records)
+        self.records.update((record.req_id, record) for record in group.records)
+
+    def admit(self, group: RequestGroup) -> None:
+        """Send a validated call's records, or hold them while the gate is closed."""
+        if not self._gate_open:
+            self._held[group] = None
+            return
+        for record in group.records:
+            if record.state is RecordState.NEW:
+                record.weight_version = self._weight_version()
+                self.outbox.submit(record)
+
+    def set_gate(self, *, is_open: bool) -> None:
+        """Close the gate, or open it and send what it held, in order of arrival."""
+        self._gate_open = is_open
+        if is_open:
+            held, self._held = self._held, {}
+            for group in held:
+                self.admit(group)
+
+    def in_flight(self) -> list[RequestRecord]:
+        """Records the scheduler owes a terminal row."""
+        self.outbox.flush()
+        return [record for record in self.records.values() if record.state is RecordState.DISPATCHED]
+
+    def abort(self, record: RequestRecord) -> bool:
+        """End a record at its client's wish; its reply is an abort, with what has been generated.
+
+        Returns:
+            False when there was nothing to abort: the reply is complete.
+        """
+        if record.finish_reason is not None or record.state is RecordState.CLOSED:
+            return False
+        if record.state is RecordState.NEW:
+            self._complete(record, Finish.ABORT, finish_reason(Finish.ABORT, WAITING_ABORT, 0))
+            self._close(record)
+        elif not record.abort_sent:
+            record.abort_sent = True
+            self.outbox.abort(record.req_id)
+        return True
+
+    def abandon(self, group: RequestGroup) -> None:
+        """Nobody reads this call any more: abort what still runs, close what was never sent. Idempotent."""
+        self._held.pop(group, None)
+        for record in group.records:
+            record.listening = False
+            if record.state is RecordState.NEW:
+                self._close(record)
+            else:
+                self.abort(record)
+
+    def fail(self, group: RequestGroup, error: Exception) -> None:
+        """The call's client gets `error`, and its records end."""
+        group.fail(error)
+        self.abandon(group)
+
+    def fail_held(self, error: Exception) -> None:
+        """Give up on the calls that wait at the gate."""
+        for group in list(self._held):
+            self.fail(group, error)
+
+    def fail_all(self, error: Exception) -> None:
+        """The back is gone: every record closes, every client that still waits gets `error`."""
+        self._held.clear()
+        self.outbox.clear()
+        for record in list(self.records.values()):
+            if record.listening:
+                record.group.fail(error)
+            self._close(record)
+
+    def apply(self, output: wire.StepOutput) -> None:
+        """Act on one step of the scheduler."""
+        result = apply_step(output, self.records, time.perf_counter(), self._metrics)
+        self.counters.late_rows += result.late_rows
+        self.counters.generation_tokens_total += result.num_tokens
+        for record, error in result.broken:
+            logger.error("output of request %s could not be processed", record.rid, exc_info=error)
+            self.fail(record.group, error)
+        for record, matched in result.stopped:
+            self._complete(record, Finish.STOP, {"type": "stop", "matched": matched})
+        for record, finish, info in result.terminal:
+            record.num_retractions = info.num_retractions
+            if record.finish_reason is None:
+                self._complete(record, finish, finish_reason(finish, info, record.completion_tokens))
+            self._close(record)
+        for record, _ in result.stopped:
+            if record.state is RecordState.DISPATCHED:
+                self.outbox.stop(record.req_id)
+
+    async def closed(self, records: Iterable[RequestRecord], timeout: float | None = None) -> bool:
+        """Wait until all of these records are closed; False when `timeout` seconds were not enough."""
+        waiting = {record.req_id for record in records if record.state is not RecordState.CLOSED}
+        if not waiting:
+            return True
+        drain = (waiting, asyncio.get_running_loop().create_future())
+        self._drains.append(drain)
+        try:
+            await asyncio.wait([drain[1]], timeout=timeout)
+        finally:
+            self._drains.remove(drain)
+        return not waiting
+
+    def _complete(self, record: RequestRecord, finish: Finish, reason: dict[str, object]) -> None:
+        """The reply is settled; its names are free again."""
+        record.finish_reason = reason
+        record.listening = False
+        record.finished_at = time.perf_counter()
+        record.weight_version = self._weight_version()
+        self.rids.discard(record)
+        if record.log_metrics:
+            self._count(record, aborted=finish is Finish.ABORT)
+        error = None if record.group.stream else abort_error(reason)
+        if error is not None:
+            record.group.fail(error)
+        record.group.completed(record)
+
+    def _count(self, record: RequestRecord, *, aborted: bool) -> None:
+        counters = self.counters
+        counters.requests_total += 1
+        counters.aborted_total += aborted
+        counters.prompt_tokens_total += record.prompt_tokens
+        counters.cached_tokens_total += record.cached_tokens
+        if self._metrics is not None:
+            self._metrics.finished(record, record.finished_at - record.created_at)
+
+    def _close(self, record: RequestRecord) -> None:
+        """The end of a record: the one place that gives back what it holds."""
+        if record.state is RecordState.CLOSED:
+            self.counters.double_closes += 1
+            return
+        record.state, record.submit, record.listening = RecordState.CLOSED, None, False
+        del self.records[record.req_id]
+        self.rids.discard(record)
+        for waiting, future in self._drains:
+            waiting.discard(record.req_id)
+            if not waiting and not future.done():
+                future.set_result(None)
+
+    def _undeliverable(self, records: list[RequestRecord], error: Exception) -> None:
+        logger.error("requests could not be sent to the scheduler", exc_info=error)
+        for record in records:
+            self.fail(record.group, ServiceUnavailableError(f"The request could not be sent to the scheduler: {error}"))

@@ -1,0 +1,355 @@
+"""The front's core: takes requests, speaks with the scheduler, answers clients. Every entry point goes through here.
+
+Created by `entrypoints`, one per server, used on one event loop only. It translates between clients and the two owners
+behind it: `RequestLifecycle` has the records, `ControlClient` the round trips.
+Invariants: every request gets exactly one terminal result, an error included; a call that ends for whatever reason
+(reply, error, disconnect, cancellation) leaves nothing behind once the scheduler has acked; no pause, abort or drain
+waits for anything but those acks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Protocol
+
+from sglang.srt.config.sections import Config
+from sglang.srt.errors import RequestError, ServiceUnavailableError
+from sglang.srt.managers.control_client import ControlClient
+from sglang.srt.managers.io_struct import wire
+from sglang.srt.managers.io_struct.requests import (
+    ContinueGenerationReqInput,
+    GenerateReqInput,
+    PauseGenerationReqInput,
+)
+from sglang.srt.managers.io_struct.wire import CallReply, PauseMode, Ready, SchedulerStats
+from sglang.srt.managers.request_builder import RequestBuilder
+from sglang.srt.managers.request_lifecycle import RequestLifecycle
+from sglang.srt.managers.request_state import RequestGroup, RequestMetrics
+from sglang.srt.managers.response import NativeReply, OutputChunk, take_chunk
+from sglang.srt.parser.tokenizer import Tokenizer
+from sglang.srt.server_args import ServerArgs
+
+logger = logging.getLogger(__name__)
+
+DRAIN_ACK_SECONDS = 10.0
+"""How long `drain` waits for the acks of what it had to abort: a wedged scheduler must not keep the server alive."""
+FLUSH_RETRY_SECONDS = 0.05
+CLIENT_CLOSED_REQUEST = 499
+
+
+class ServerStatus(enum.Enum):
+    """What the server can do now; only UP takes requests."""
+
+    STARTING = "starting"
+    UP = "up"
+    DRAINING = "draining"
+    DOWN = "down"
+
+
+class Channel(Protocol):
+    """The front's end of the wire (`ipc.FrontChannel`)."""
+
+    def send(self, message: wire.ToBack) -> None:
+        """Queue one message; never blocks."""
+
+    def messages(self) -> AsyncIterator[wire.ToFront]:
+        """What the back says."""
+
+
+class Client(Protocol):
+    """The other end of a request."""
+
+    async def wait_disconnected(self) -> None:
+        """Return when the client has gone."""
+
+
+class TokenizerManager:
+    """See the module.
+
+    Attributes: `records` holds every sequence that is not closed, by req_id. `rid_to_state` maps the rids in flight to
+    records; outside code may pop from it. `stats` is the latest the scheduler has said, `ready` its first message.
+
+    Args:
+        server_args: the flat launch flags, kept for code that looks at them.
+        tokenizer: None with --skip-tokenizer-init.
+        metrics: hears of every request.
+
+    Raises:
+        ConfigError: --preferred-sampling-params does not hold valid sampling parameters.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        server_args: ServerArgs,
+        channel: Channel,
+        tokenizer: Tokenizer | None,
+        metrics: RequestMetrics | None = None,
+    ) -> None:
+        self.config = config
+        self.server_args = server_args
+        self.tokenizer = tokenizer
+        self.status = ServerStatus.STARTING
+        self.paused: PauseMode | None = None
+        self.weight_version = config.server.weight_version
+        self.ready: Ready | None = None
+        self.stats = SchedulerStats()
+        self.lora_registry: Any = None
+        self._channel = channel
+        self._builder = RequestBuilder(config, tokenizer)
+        self._lifecycle = RequestLifecycle(channel.send, lambda: self.weight_version, metrics)
+        self._control = ControlClient(self._lifecycle.outbox.send)
+        self._back_paused = False
+        self._flushing = False
+        self._down_reason = ""
+        self._settled = asyncio.Event()
+        self._reader: asyncio.Task[None] | None = None
+        self.records = self._lifecycle.records
+        self.rid_to_state = self._lifecycle.rids.by_rid
+        self.counters = self._lifecycle.counters
+
+    async def start(self) -> None:
+        """Start to read what the back says."""
+        self._reader = asyncio.create_task(self._read())
+
+    async def wait_ready(self, timeout: float | None = None) -> None:
+        """Return when the back has loaded the model.
+
+        Raises:
+            ServiceUnavailableError: the back died, or `timeout` seconds were not enough.
+        """
+        try:
+            await asyncio.wait_for(self._settled.wait(), timeout)
+        except asyncio.TimeoutError:
+            raise ServiceUnavailableError(f"The model was not loaded within {timeout} s.") from None
+        if self.status is ServerStatus.DOWN:
+            raise ServiceUnavailableError(self._down_reason)
+
+    def back_died(self, reason: str) -> None:
+        """The back process is gone: every live request and control call fails with 503. The first reason counts."""
+        if self.status is ServerStatus.DOWN:
+            return
+        self.status = ServerStatus.DOWN
+        self._down_reason = f"The server cannot serve any more: {reason}."
+        error = ServiceUnavailableError(self._down_reason)
+        self._control.fail_all(error)
+        self._lifecycle.fail_all(error)
+        self._settled.set()
+
+    async def close(self) -> None:
+        """End everything that still runs and stop reading. Idempotent; the channel stays open."""
+        self.back_died("it has been shut down")
+        if self._reader is not None:
+            self._reader.cancel()
+            await asyncio.wait([self._reader])
+
+    async def generate_request(self, obj: GenerateReqInput, request: Client | None = None) -> AsyncIterator[Any]:
+        """Serve a request with native replies.
+
+        Yields:
+            Not streaming: once, a dict, or a list of dicts (a batch, or n > 1; input-major). Streaming: cumulative
+            dicts, each with its sequence's `index` when there are several.
+
+        Raises:
+            RequestError: the client's mistake. ServiceUnavailableError: full, not ready, draining or dead.
+        """
+        if not obj.stream:
+            async with self._session(obj, request, stream=False) as group:
+                await group.finished()
+                bodies = [NativeReply(record, self.tokenizer).render() for record in group.records]
+            # Outside of the session: a caller that takes the one item and forgets us leaves nothing open.
+            yield bodies if group.is_list else bodies[0]
+            return
+        async with self._session(obj, request, stream=True) as group:
+            incremental = self.config.server.incremental_streaming
+            replies = [NativeReply(record, self.tokenizer, incremental=incremental) for record in group.records]
+            while (record := await group.next_update()) is not None:
+                yield replies[record.index].render()
+
+    async def stream_chunks(self, obj: GenerateReqInput, request: Client | None = None) -> AsyncIterator[OutputChunk]:
+        """Serve a request as deltas, one chunk per sequence and event-loop tick. Raises like `generate_request`."""
+        async with self._session(obj, request, stream=True) as group:
+            while (record := await group.next_update()) is not None:
+                yield take_chunk(record)
+
+    async def pause_generation(self, obj: PauseGenerationReqInput | None = None) -> None:
+        """Pause. ABORT ends all that is in flight, makes new requests wait, and returns when the last record is gone;
+        RETRACT and IN_PLACE freeze the scheduler, where new requests queue.
+
+        Raises:
+            RequestError: unknown mode. ServiceUnavailableError: the back is dead.
+        """
+        mode = _pause_mode(obj)
+        if self.status is ServerStatus.DOWN:
+            raise ServiceUnavailableError(self._down_reason)
+        self.paused = mode
+        if mode is PauseMode.ABORT:
+            self._lifecycle.set_gate(is_open=False)
+            in_flight = self._lifecycle.in_flight()
+            for record in in_flight:
+                self._lifecycle.abort(record)
+            await self._lifecycle.closed(in_flight)
+            return
+        reply = self._control.pause(mode)
+        self._back_paused = True
+        self._lifecycle.set_gate(is_open=True)
+        _require_success(await reply)
+
+    async def continue_generation(self, obj: ContinueGenerationReqInput | None = None) -> None:
+        """Undo every pause, one that is still draining included (it then ends when its own records are gone)."""
+        self.paused = None
+        self._lifecycle.set_gate(is_open=True)
+        if self._back_paused:
+            self._back_paused = False
+            _require_success(await self._control.resume())
+
+    def abort_request(self, rid: str | None = None, abort_all: bool = False, prefix: bool = False) -> int:
+        """Abort requests wherever they are: being tokenised, waiting for continue, or with the scheduler.
+
+        Args:
+            rid: one request, or the own rid of a call with several sequences.
+            prefix: every rid in flight that starts with `rid`.
+
+        Returns:
+            How many sequences this matched.
+        """
+        if abort_all:
+            records = list(self.records.values())
+        else:
+            records = self._lifecycle.rids.find(rid, prefix=prefix) if rid else []
+        return sum(self._lifecycle.abort(record) for record in records)
+
+    async def flush_cache(self, timeout: float = 0.0) -> tuple[bool, str]:
+        """Empty the prefix cache; while requests own KV pages, try again for up to `timeout` seconds.
+
+        Returns:
+            Success, and a sentence for the client.
+        """
+        if self._flushing:
+            return False, "Another flush_cache is already in progress."
+        self._flushing = True
+        deadline = time.monotonic() + timeout
+        try:
+            while not (reply := await self._control.flush_cache()).success:
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    return False, f"Flush cache failed. {reply.message}".strip()
+                in_flight = self._lifecycle.in_flight()
+                if in_flight:
+                    await self._lifecycle.closed(in_flight, remaining)
+                else:
+                    await asyncio.sleep(min(FLUSH_RETRY_SECONDS, remaining))
+        finally:
+            self._flushing = False
+        return True, "Cache flushed."
+
+    async def scheduler_stats(self) -> SchedulerStats:
+        """The scheduler's state, asked for now; also kept as `stats`."""
+        reply = await self._control.stats()
+        return reply.stats or self.stats
+
+    async def drain(self, timeout: float) -> bool:
+        """Refuse new requests, let live ones run for `timeout` seconds, then abort them and wait for the acks.
+
+        Returns:
+            Whether nothing is left; False only when the scheduler did not ack in time.
+        """
+        if self.status is ServerStatus.DOWN:
+            return True
+        self.status = ServerStatus.DRAINING
+        self._lifecycle.fail_held(ServiceUnavailableError("The server is shutting down."))
+        if await self._lifecycle.closed(list(self.records.values()), timeout):
+            return True
+        self.abort_request(abort_all=True)
+        return await self._lifecycle.closed(list(self.records.values()), DRAIN_ACK_SECONDS)
+
+    @contextlib.asynccontextmanager
+    async def _session(
+        self, obj: GenerateReqInput, client: Client | None, *, stream: bool
+    ) -> AsyncIterator[RequestGroup]:
+        """One call, from validation to the moment nobody is left to read its result, however that comes about."""
+        _require_up(self.status, self._down_reason)
+        group = self._builder.open(obj, stream=stream)
+        _require_room(self.config, self.ready, len(self.records) + len(group.records))
+        self._lifecycle.open(group)
+        watch: asyncio.Task[None] | None = None
+        try:
+            if client is not None:
+                gone = RequestError("The client has disconnected.", CLIENT_CLOSED_REQUEST, "ClientDisconnected")
+                watch = asyncio.create_task(_call_when_gone(client, lambda: self._lifecycle.fail(group, gone)))
+            await self._builder.fill(group, None if self.ready is None else self.ready.max_req_input_len)
+            self._lifecycle.admit(group)
+            yield group
+        finally:
+            if watch is not None:
+                watch.cancel()
+            self._lifecycle.abandon(group)
+            group.release()
+
+    async def _read(self) -> None:
+        """Act on what the back says, until `close`; an error in here is a bug, and ends the server's service."""
+        try:
+            async for message in self._channel.messages():
+                if isinstance(message, wire.StepOutput):
+                    self._lifecycle.apply(message)
+                elif isinstance(message, wire.StatsPush):
+                    self.stats = message.stats
+                elif isinstance(message, CallReply):
+                    self.stats = message.stats or self.stats
+                    self._control.resolve(message)
+                elif isinstance(message, Ready):
+                    self.ready, self.status = message, ServerStatus.UP
+                    self._settled.set()
+                else:
+                    self.back_died(message.message)
+        except Exception as error:
+            logger.exception("the front cannot read the scheduler's messages any more")
+            self.back_died(f"reading the scheduler's messages failed with {type(error).__name__}: {error}")
+
+
+def _require_up(status: ServerStatus, down_reason: str) -> None:
+    if status is ServerStatus.UP:
+        return
+    reasons = {
+        ServerStatus.STARTING: "The server is still loading the model.",
+        ServerStatus.DRAINING: "The server is shutting down.",
+        ServerStatus.DOWN: down_reason,
+    }
+    raise ServiceUnavailableError(reasons[status])
+
+
+def _require_room(config: Config, ready: Ready | None, num_records: int) -> None:
+    if config.schedule.max_queued_requests is None:
+        return
+    running = config.schedule.max_running_requests if ready is None else ready.max_running_requests
+    if num_records > running + config.schedule.max_queued_requests:
+        raise ServiceUnavailableError("The request queue is full.")
+
+
+def _pause_mode(obj: PauseGenerationReqInput | None) -> PauseMode:
+    if obj is None:
+        return PauseMode.ABORT
+    try:
+        return PauseMode(obj.mode)
+    except ValueError:
+        modes = ", ".join(mode.value for mode in PauseMode)
+        raise RequestError(f"mode must be one of {modes}, got {obj.mode!r}.") from None
+
+
+def _require_success(reply: CallReply) -> None:
+    if not reply.success:
+        raise RequestError(f"The scheduler refused: {reply.message}.")
+
+
+async def _call_when_gone(client: Client, callback: Callable[[], None]) -> None:
+    """Wait for the client to go; a watch that fails cannot vouch for the client any more, so it counts as gone."""
+    try:
+        await client.wait_disconnected()
+    except Exception:
+        logger.exception("watching a client's connection failed")
+    callback()

@@ -1,0 +1,65 @@
+"""Slots of the sequences in memory and the page table attention reads. Owned by KVManager.
+
+Host side is the truth; the device copy is brought up to date by `flush`, one packed copy a step. On CPU both are the same
+memory. Invariant: a slot has at most one sequence; entries beyond a sequence's pages are stale but valid page numbers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sglang.srt.mem_cache.page_allocator import Pages
+
+
+class ReqTable:
+    """[max_slots, max_pages] page numbers.
+
+    Args:
+        max_slots: sequences that can hold KV at once.
+        max_pages: pages of the longest sequence.
+    """
+
+    def __init__(self, max_slots: int, max_pages: int, page_size: int, device: torch.device) -> None:
+        self.page_size = page_size
+        self.host = np.zeros((max_slots, max_pages), dtype=np.int32)
+        self._shared = device.type == "cpu"
+        shared_or_copy = torch.from_numpy(self.host)
+        self.pages: Tensor = shared_or_copy if self._shared else shared_or_copy.to(device)
+        self._free = list(range(max_slots - 1, -1, -1))
+        self._pending: list[tuple[int, int, Pages]] = []
+
+    @property
+    def num_free(self) -> int:
+        """Slots not taken."""
+        return len(self._free)
+
+    def take(self) -> int:
+        """A free slot; the caller has checked that there is one."""
+        return self._free.pop()
+
+    def give_back(self, slot: int) -> None:
+        """Free a slot."""
+        assert slot not in self._free, f"slot {slot} freed twice"
+        self._free.append(slot)
+
+    def write(self, slot: int, start: int, pages: Pages) -> None:
+        """Set entries [start, start + len(pages)) of a slot."""
+        if not len(pages):
+            return
+        self.host[slot, start : start + len(pages)] = pages
+        if not self._shared:
+            self._pending.append((slot, start, pages))
+
+    def flush(self) -> None:
+        """Copy what `write` changed since the last call to the device, in stream order."""
+        if not self._pending:
+            return
+        width = self.host.shape[1]
+        index = np.concatenate([slot * width + np.arange(start, start + len(p)) for slot, start, p in self._pending])
+        values = np.concatenate([p for _, _, p in self._pending])
+        packed = torch.from_numpy(np.stack([index, values.astype(np.int64)]))
+        packed = packed.pin_memory().to(self.pages.device, non_blocking=True)
+        self.pages.view(-1).index_put_((packed[0],), packed[1].to(torch.int32))
+        self._pending.clear()

@@ -1,0 +1,109 @@
+"""What one forward pass needs besides the weights: built by ModelRunner, read by models and attention.
+
+Passed as an argument, never a global: a layer sees exactly the step it belongs to.
+Shape legend: T tokens of the step over all sequences, B sequences, R rows that need logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class KVPoolView(Protocol):
+    """The part of mem_cache.KVPool that attention uses."""
+
+    def layer(self, layer_id: int) -> tuple[Tensor, Tensor]:
+        """(k, v) buffers of one layer, each [pool_tokens, num_kv_heads, head_dim]."""
+        ...
+
+
+class PageTableView(Protocol):
+    """The part of mem_cache.ReqTable that attention uses: token t of a sequence is at page[t // P] * P + t % P."""
+
+    pages: Tensor
+    """int32 [max_slots, max_pages] on the device."""
+    page_size: int
+
+
+@dataclass(slots=True)
+class StepShape:
+    """Raggedness of a step, on the host.
+
+    Fields:
+        query_lens: int32 [B], new tokens of each sequence (1 for decode).
+        kv_lens: int32 [B], tokens each sequence attends to, the new ones included.
+    """
+
+    query_lens: NDArray[np.int32]
+    kv_lens: NDArray[np.int32]
+
+    @property
+    def decode_only(self) -> bool:
+        """Whether every sequence adds exactly one token."""
+        return len(self.query_lens) == int(self.query_lens.sum())
+
+
+class AttentionBackend(Protocol):
+    """One implementation of paged causal attention. `plan` runs once a step, `forward` once a layer."""
+
+    def plan(self, shape: StepShape, req_slots: Tensor, out_locs: Tensor) -> None:
+        """Prepare a step.
+
+        Args:
+            req_slots: int64 [B] rows of the page table (`PageTableView`) of the step's sequences; pages of the new
+                tokens are already in it. Entries of the table beyond a sequence's pages are valid pages to be masked.
+            out_locs: int64 [T] pool rows the new tokens' K and V go to.
+        """
+        ...
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int, scale: float) -> Tensor:
+        """Store k, v at `out_locs`, attend causally.
+
+        Args:
+            q: [T, num_heads, head_dim]; k, v: [T, num_kv_heads, head_dim].
+
+        Returns:
+            [T, num_heads * head_dim]
+        """
+        ...
+
+
+@dataclass(slots=True)
+class ForwardContext:
+    """One step.
+
+    Fields:
+        input_ids: int64 [T]; positions: int64 [T].
+        attention: the back end, already planned for this step.
+        logit_rows: int64 [R], rows of the hidden states that need logits.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    attention: AttentionBackend
+    logit_rows: Tensor
+
+
+class CausalLM(Protocol):
+    """What ModelRunner calls on a model."""
+
+    def forward(self, ctx: ForwardContext) -> Tensor:
+        """Hidden states after the final norm, [T, hidden_size]."""
+        ...
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """float32 logits [R, vocab_size] of `hidden` [R, hidden_size]."""
+        ...
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """torch dtype of a config's dtype name."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype), name
+    return dtype

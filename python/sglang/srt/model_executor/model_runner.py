@@ -1,0 +1,155 @@
+"""Runs steps on the device: owns the model, the KV pool, attention, the sampler and the tokens drawn last.
+
+Called by the scheduler only. `launch` queues a step and returns at once on an accelerator; `StepResult.read` waits for it.
+The token a sequence drew last stays on the device in `_last_tokens[slot]`, so the next step can be launched before
+anybody has read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sglang.srt.mem_cache.req_table import ReqTable
+from sglang.srt.model_executor.forward_context import AttentionBackend, CausalLM, ForwardContext, StepShape
+from sglang.srt.sampling.logprobs import HostScore, ScoreOutput
+from sglang.srt.sampling.sampler import HostSample, SampleOutput, Sampler, SamplingRow
+
+SCORE_SLICE = 256
+"""Prompt rows whose logits exist at once: 256 x 150k x 4 bytes is 150 MB."""
+
+
+@dataclass(eq=False, slots=True)
+class ScoreRows:
+    """Prompt positions of one sequence to score: hidden-state rows of the step, and the token each should predict."""
+
+    rows: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    sampling: SamplingRow
+
+
+@dataclass(eq=False, slots=True)
+class StepInput:
+    """Host columns of a step (T tokens, B sequences, R sampled rows).
+
+    Fields:
+        input_ids, positions, out_locs: int64 [T]; slots: int64 [B].
+        decode_rows, decode_slots: tokens whose id is `_last_tokens[slot]`, int64.
+        sample_rows: token rows whose hidden state is sampled, int64 [R]; sample_slots: where the drawn token goes.
+    """
+
+    shape: StepShape
+    input_ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    out_locs: NDArray[np.int64]
+    slots: NDArray[np.int64]
+    decode_rows: NDArray[np.int64]
+    decode_slots: NDArray[np.int64]
+    sample_rows: NDArray[np.int64]
+    sample_slots: NDArray[np.int64]
+    sampling: Sequence[SamplingRow]
+    scores: list[ScoreRows] = field(default_factory=list)
+
+
+@dataclass(eq=False, slots=True)
+class StepResult:
+    """A launched step: `read` waits for it and copies its results to the host.
+
+    Fields:
+        scores: one ScoreOutput list per ScoreRows of the input, in order.
+    """
+
+    sample: SampleOutput | None
+    scores: list[list[ScoreOutput]]
+
+    def read(self) -> tuple[HostSample | None, list[list[HostScore]]]:
+        """(drawn tokens, None when the step drew none; prompt log-probabilities), both on the host."""
+        sample = None if self.sample is None else self.sample.to_host()
+        return sample, [[part.to_host() for part in parts] for parts in self.scores]
+
+
+class ModelRunner:
+    """Launches steps.
+
+    Args:
+        table: the page table, brought up to date at every launch.
+        max_slots: rows of `_last_tokens`.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        attention: AttentionBackend,
+        sampler: Sampler,
+        table: ReqTable,
+        max_slots: int,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.attention = attention
+        self.sampler = sampler
+        self.table = table
+        self.device = device
+        self._last_tokens = torch.zeros(max_slots, dtype=torch.int64, device=device)
+
+    @torch.inference_mode()
+    def launch(self, step: StepInput) -> StepResult:
+        """Queue one step; results are valid once `StepResult.read` returns."""
+        self.table.flush()
+        tokens, rows, slots = self._upload(step)
+        input_ids, positions, out_locs = tokens
+        if len(step.decode_rows) == len(input_ids):
+            input_ids = self._last_tokens[slots]
+        elif len(step.decode_rows):
+            decode_rows, decode_slots = self._to_device(np.stack([step.decode_rows, step.decode_slots]))
+            input_ids[decode_rows] = self._last_tokens[decode_slots]
+        self.attention.plan(step.shape, slots, out_locs)
+        hidden = self.model.forward(ForwardContext(input_ids, positions, self.attention, rows))
+        scores = [self._score(hidden, wanted) for wanted in step.scores]
+        sample = self._sample(hidden, rows, step)
+        # Queued now, so that reading them does not wait for a step launched later.
+        for output in (*([sample] if sample else []), *(part for parts in scores for part in parts)):
+            output.start_copy()
+        return StepResult(sample, scores)
+
+    def _upload(self, step: StepInput) -> tuple[Tensor, Tensor, Tensor]:
+        """(token columns [3, T], sample rows [R], slots [B]) in one packed copy."""
+        num_tokens, num_rows = len(step.input_ids), len(step.sample_rows)
+        packed = np.concatenate([step.input_ids, step.positions, step.out_locs, step.sample_rows, step.slots])
+        device = self._to_device(packed)
+        tokens = device[: 3 * num_tokens].view(3, num_tokens)
+        return tokens, device[3 * num_tokens : 3 * num_tokens + num_rows], device[3 * num_tokens + num_rows :]
+
+    def _to_device(self, column: NDArray[np.int64]) -> Tensor:
+        tensor = torch.from_numpy(column)
+        if self.device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def _sample(self, hidden: Tensor, rows: Tensor, step: StepInput) -> SampleOutput | None:
+        if not len(step.sample_rows):
+            return None
+        if len(step.sample_rows) != len(hidden):
+            hidden = hidden[rows]
+        output = self.sampler.sample(self.model.compute_logits(hidden), step.sampling)
+        self._last_tokens[self._to_device(step.sample_slots)] = output.tokens
+        return output
+
+    def _score(self, hidden: Tensor, wanted: ScoreRows) -> list[ScoreOutput]:
+        rows, targets = self._to_device(np.stack([wanted.rows, wanted.targets]))
+        row = wanted.sampling
+        return [
+            self.sampler.score(
+                self.model.compute_logits(hidden[rows[i : i + SCORE_SLICE]]),
+                targets[i : i + SCORE_SLICE],
+                row.spec,
+                row.top_logprobs_num,
+                row.token_ids_logprob,
+            )
+            for i in range(0, len(rows), SCORE_SLICE)
+        ]

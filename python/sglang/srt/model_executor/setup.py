@@ -1,0 +1,128 @@
+"""Builds the back's engine from the configuration: device, weights, KV pool, attention, sampler.
+
+Called once, by the scheduler's main; the order matters: the KV pool takes its share of what the weights leave.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+
+from sglang.srt import environ
+from sglang.srt.config.sections import Config
+from sglang.srt.errors import ConfigError
+from sglang.srt.layers.attention import create_attention_backend
+from sglang.srt.managers.io_struct.wire import Ready
+from sglang.srt.mem_cache.kv_manager import KVManager
+from sglang.srt.mem_cache.kv_pool import KVPool, kv_bytes_per_token
+from sglang.srt.model_executor.forward_context import resolve_dtype
+from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.model_loader.loader import load_model
+from sglang.srt.platforms import Platform, get_platform
+from sglang.srt.sampling.sampler import Sampler
+
+logger = logging.getLogger(__name__)
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """Everything that lives on the device, ready to run steps."""
+
+    config: Config
+    runner: ModelRunner
+    kv: KVManager
+    pool: KVPool
+    weight_bytes: int
+    load_seconds: float
+
+    def ready(self) -> Ready:
+        """What the front needs to know."""
+        context = self.config.model.context_length
+        return Ready(
+            pid=os.getpid(),
+            max_total_num_tokens=self.kv.capacity,
+            max_req_input_len=min(context, self.kv.capacity) - 1,
+            max_running_requests=len(self.kv.table.host),
+            context_length=context,
+            device=str(self.runner.device),
+            dtype=self.config.load.dtype,
+            memory_usage={
+                "weight": round(self.weight_bytes / GIB, 3),
+                "kvcache": round(self.pool.nbytes / GIB, 3),
+            },
+            load_seconds=self.load_seconds,
+        )
+
+
+def build_engine(config: Config) -> Engine:
+    """Load the weights and size the KV cache.
+
+    Raises:
+        ConfigError: not enough memory for the KV cache asked for.
+        WeightError: the checkpoint does not fit the model.
+    """
+    platform = get_platform(config.device)
+    started = time.perf_counter()
+    before = platform.available_memory()
+    model = load_model(config.model, config.load, platform.device)
+    load_seconds = time.perf_counter() - started
+    weight_bytes = max(before - platform.available_memory(), 0)
+    num_pages = _num_pages(config, platform)
+    memory, schedule = config.memory, config.schedule
+    pool = _create_pool(config, num_pages, platform.device)
+    kv = KVManager(
+        num_pages=num_pages,
+        page_size=memory.page_size,
+        max_slots=schedule.max_running_requests,
+        max_tokens=config.model.context_length,
+        device=platform.device,
+        enable_cache=not memory.disable_radix_cache,
+    )
+    attention = create_attention_backend(config.device.attention_backend, pool, kv.table, platform.device)
+    original = environ.SGLANG_RETURN_ORIGINAL_LOGPROB.get()
+    sampler = Sampler(config.model.vocab_size, platform.device, return_original_logprob=original)
+    runner = ModelRunner(model, attention, sampler, kv.table, schedule.max_running_requests, platform.device)
+    logger.info(
+        "%s on %s, %s: weights loaded in %.1f s, KV cache %d tokens (%.2f GiB)",
+        *(config.model.architecture, platform.device, config.load.dtype, load_seconds, kv.capacity, pool.nbytes / GIB),
+    )
+    return Engine(config, runner, kv, pool, weight_bytes, load_seconds)
+
+
+def _token_bytes(config: Config) -> int:
+    model = config.model
+    dtype = resolve_dtype(config.memory.kv_cache_dtype)
+    return kv_bytes_per_token(model.num_hidden_layers, model.num_key_value_heads, model.head_dim, dtype)
+
+
+def _num_pages(config: Config, platform: Platform) -> int:
+    """KV pages: what was asked for, else the given share of free memory, never more than every sequence could use."""
+    memory = config.memory
+    free = platform.available_memory()
+    useful = config.schedule.max_running_requests * config.model.context_length
+    tokens = memory.max_total_tokens or min(int(free * memory.mem_fraction_static) // _token_bytes(config), useful)
+    pages = tokens // memory.page_size
+    if pages * _token_bytes(config) * memory.page_size > free or pages < 2:
+        raise ConfigError(
+            f"a KV cache of {tokens} tokens needs {tokens * _token_bytes(config) / GIB:.2f} GiB, {free / GIB:.2f} GiB are free; "
+            "lower --max-total-tokens or raise --mem-fraction-static"
+        )
+    return pages
+
+
+def _create_pool(config: Config, num_pages: int, device: torch.device) -> KVPool:
+    model = config.model
+    return KVPool(
+        num_layers=model.num_hidden_layers,
+        num_tokens=num_pages * config.memory.page_size,
+        num_kv_heads=model.num_key_value_heads,
+        head_dim=model.head_dim,
+        dtype=resolve_dtype(config.memory.kv_cache_dtype),
+        device=device,
+    )

@@ -1,0 +1,258 @@
+"""A scheduler that does nothing by itself: tests hand out every token, ack and reply by hand.
+
+`FakeScheduler` is the back end of a `TokenizerManager` in tests of the front's lifecycle. It records what the front
+sends (through the real wire encoding), knows which requests it owes a terminal row, and refuses to break the wire's
+promises: one terminal row per request, none for a request it was never sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from sglang.srt.config import sections
+from sglang.srt.config.model_config import ModelConfig
+from sglang.srt.managers.io_struct import wire
+from sglang.srt.managers.io_struct.wire import Finish, FinishInfo, RowLogprobs
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.srt.parser.tokenizer import Tokenizer
+
+EOS = 256
+VOCAB_SIZE = 257
+CONTEXT_LENGTH = 100
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token per byte, and `<eos>` (id 256). Use `ids_of` for the ids of a text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<eos>"])
+    return Tokenizer(backend, special_tokens={"eos_token": "<eos>"}, eos_token_ids=(EOS,))
+
+
+def make_config(**overrides: Any) -> sections.Config:
+    """A configuration of the smallest model; keyword arguments replace fields of any section by name."""
+
+    def section(kind: type, **values: Any) -> Any:
+        return kind(**values | {k: overrides.pop(k) for k in list(overrides) if k in kind.__struct_fields__})
+
+    model = section(
+        ModelConfig, architecture="LlamaForCausalLM", model_type="llama", vocab_size=VOCAB_SIZE, hidden_size=8,
+        intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=8,
+        rms_norm_eps=1e-5, rope_theta=1e4, context_length=CONTEXT_LENGTH, eos_token_ids=(EOS,),
+    )  # fmt: skip
+    schedule = section(
+        sections.ScheduleSection, policy="fcfs", conservativeness=1.0, max_running_requests=4,
+        max_queued_requests=None, chunked_prefill_size=None, max_prefill_tokens=1024, mixed_chunk=False,
+        overlap=False, stream_interval=1,
+    )  # fmt: skip
+    server = section(
+        sections.ServerSection, host="127.0.0.1", port=30000, api_key=None, admin_api_key=None,
+        served_model_name="tiny", log_level="info", log_level_http="info", log_requests=False, log_requests_level=0,
+        enable_metrics=False, incremental_streaming=False, allow_auto_truncate=False, skip_warmup=True,
+        enable_cache_report=False, decode_log_interval=40, sampling_defaults={}, preferred_sampling_params={},
+    )  # fmt: skip
+    memory = section(
+        sections.MemorySection, max_total_tokens=1000, mem_fraction_static=0.5, page_size=1,
+        kv_cache_dtype="float32", disable_radix_cache=False,
+    )  # fmt: skip
+    load = section(sections.LoadSection, path="/nowhere", dtype="float32")
+    device = section(
+        sections.DeviceSection, device="cpu", gpu_id=0, attention_backend="torch_native", sampling_backend="torch"
+    )
+    assert not overrides, f"unknown configuration fields: {sorted(overrides)}"
+    return sections.Config(
+        model=model, load=load, tokenizer=sections.TokenizerSection(path=None), memory=memory, schedule=schedule,
+        device=device, server=server, lora=sections.LoRASection(),
+    )  # fmt: skip
+
+
+@dataclass
+class Row:
+    """One request's part of a step; `logprobs` is as long as `tokens` or absent."""
+
+    req_id: int
+    tokens: Sequence[int] = ()
+    finish: Finish = Finish.NONE
+    info: FinishInfo | None = None
+    logprobs: Sequence[float] | None = None
+    extras: RowLogprobs | None = None
+    cached_tokens: int | None = None
+
+
+def step_output(rows: Sequence[Row]) -> wire.StepOutput:
+    """The wire message for some rows."""
+    with_logprobs = any(row.logprobs is not None for row in rows)
+    return wire.StepOutput(
+        req_ids=wire.pack([row.req_id for row in rows], "<i8"),
+        finish=bytes(row.finish for row in rows),
+        num_tokens=wire.pack([len(row.tokens) for row in rows], "<i4"),
+        tokens=wire.pack([t for row in rows for t in row.tokens], "<i4"),
+        logprobs=wire.pack([p for r in rows for p in (r.logprobs or [0.0] * len(r.tokens))], "<f4")
+        if with_logprobs
+        else b"",
+        cached_tokens={i: r.cached_tokens for i, r in enumerate(rows) if r.cached_tokens is not None},
+        finish_info={i: row.info or FinishInfo() for i, row in enumerate(rows) if row.finish},
+        extras={i: row.extras for i, row in enumerate(rows) if row.extras is not None},
+    )
+
+
+@dataclass
+class FakeScheduler:
+    """A `FrontChannel` whose other end is the test.
+
+    Fields:
+        live: requests that were submitted and have not had their terminal row.
+        aborted, stopped: of those, the ones the front wants ended, in order.
+        calls: control calls without a reply, oldest first.
+        batches: how many requests each SubmitBatch held.
+    """
+
+    live: dict[int, wire.SubmitRequest] = field(default_factory=dict)
+    submitted: list[wire.SubmitRequest] = field(default_factory=list)
+    aborted: list[int] = field(default_factory=list)
+    stopped: list[int] = field(default_factory=list)
+    calls: list[Any] = field(default_factory=list)
+    batches: list[int] = field(default_factory=list)
+    sent: list[wire.ToBack] = field(default_factory=list)
+    terminal: list[int] = field(default_factory=list)
+    started: set[int] = field(default_factory=set)
+    paused: bool = False
+    dead: bool = False
+    _inbox: asyncio.Queue[wire.ToFront] = field(default_factory=asyncio.Queue)
+
+    def send(self, message: wire.ToBack) -> None:
+        """What the front calls."""
+        message = wire.to_back_decoder.decode(wire.encoder.encode(message))
+        self.sent.append(message)
+        if isinstance(message, wire.SubmitBatch):
+            self._submit(message)
+        elif isinstance(message, wire.AbortRequests):
+            self._end(self.aborted, message.req_ids)
+        elif isinstance(message, wire.StopRequests):
+            self._end(self.stopped, message.req_ids)
+        else:
+            self.calls.append(message)
+
+    async def messages(self) -> AsyncIterator[wire.ToFront]:
+        """What the front reads."""
+        while True:
+            yield await self._inbox.get()
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def ready(self, **overrides: Any) -> None:
+        """Say that the model is loaded."""
+        fields: dict[str, Any] = {"pid": 1, "max_total_num_tokens": 1000, "max_req_input_len": CONTEXT_LENGTH}
+        fields |= {"max_running_requests": 4, "context_length": CONTEXT_LENGTH, "device": "cpu", "dtype": "float32"}
+        self.push(wire.Ready(**(fields | {"memory_usage": {}, "load_seconds": 0.0} | overrides)))
+
+    def push(self, message: wire.ToFront) -> None:
+        """Say anything."""
+        self._inbox.put_nowait(wire.to_front_decoder.decode(wire.encoder.encode(message)))
+
+    def step(self, *rows: Row) -> None:
+        """Send one step; terminal rows must be of live requests."""
+        for row in rows:
+            if row.finish:
+                assert row.req_id in self.live, f"second terminal row of {row.req_id}"
+                del self.live[row.req_id]
+                self.terminal.append(row.req_id)
+            self.started.add(row.req_id)
+        self.push(step_output(rows))
+
+    def late(self, *rows: Row) -> None:
+        """Send a step about requests that are over."""
+        self.push(step_output(rows))
+
+    def emit(self, req_id: int, tokens: str | Sequence[int], finish: Finish = Finish.NONE, **fields: Any) -> None:
+        """Send one row; a text stands for its bytes' tokens."""
+        self.step(Row(req_id, ids_of(tokens) if isinstance(tokens, str) else tokens, finish, **fields))
+
+    def finish(self, req_id: int, tokens: str | Sequence[int] = "") -> None:
+        """Send a row that ends at the length limit."""
+        self.emit(req_id, tokens, Finish.LENGTH)
+
+    def ack(self) -> int:
+        """End everything the front wants ended, as the real scheduler does; returns how many."""
+        rows = []
+        for req_id in dict.fromkeys(self.aborted + self.stopped):
+            if req_id not in self.live:
+                continue
+            running = req_id in self.started
+            message = "Aborted" if running else "Abort in waiting queue"
+            info = FinishInfo(message=message, was_running=running)
+            aborted = req_id in self.aborted
+            rows.append(Row(req_id, (), Finish.ABORT if aborted else Finish.STOP, info if aborted else None))
+        self.aborted.clear()
+        self.stopped.clear()
+        if rows:
+            self.step(*rows)
+        return len(rows)
+
+    def reply(self, success: bool = True, message: str = "", stats: wire.SchedulerStats | None = None) -> None:
+        """Answer the oldest control call."""
+        call = self.calls.pop(0)
+        if isinstance(call, wire.PauseCall | wire.ContinueCall):
+            self.paused = isinstance(call, wire.PauseCall)
+        self.push(wire.CallReply(call.call_id, success, message, stats))
+
+    def _submit(self, message: wire.SubmitBatch) -> None:
+        self.batches.append(len(message.requests))
+        for request in message.requests:
+            assert request.req_id not in {r.req_id for r in self.submitted}, "req_id used twice"
+            self.live[request.req_id] = request
+            self.submitted.append(request)
+
+    def _end(self, wanted: list[int], req_ids: list[int]) -> None:
+        known = {request.req_id for request in self.submitted}
+        assert known.issuperset(req_ids), "ended before it was submitted"
+        assert len(set(req_ids)) == len(req_ids)
+        wanted.extend(req_ids)
+
+
+class FakeClient:
+    """The other end of an HTTP request, until the test calls `disconnect`."""
+
+    def __init__(self) -> None:
+        self._gone = asyncio.Event()
+
+    def disconnect(self) -> None:
+        """Hang up."""
+        self._gone.set()
+
+    async def wait_disconnected(self) -> None:
+        """What the front waits for."""
+        await self._gone.wait()
+
+
+_TOKENIZER = byte_tokenizer()
+
+
+def ids_of(text: str) -> list[int]:
+    """Token ids of a text under `byte_tokenizer`."""
+    return _TOKENIZER.encode(text)
+
+
+def make_manager(
+    scheduler: FakeScheduler, *, with_tokenizer: bool = True, metrics: Any = None, **overrides: Any
+) -> TokenizerManager:
+    """A TokenizerManager on a fake scheduler; keyword arguments change the configuration."""
+    args: Any = SimpleNamespace(enable_lora=False)
+    tokenizer = _TOKENIZER if with_tokenizer else None
+    return TokenizerManager(make_config(**overrides), args, scheduler, tokenizer, metrics=metrics)
+
+
+async def settle(turns: int = 12) -> None:
+    """Let everything that can run now run: a bounded number of event-loop turns, no time."""
+    for _ in range(turns):
+        await asyncio.sleep(0)
