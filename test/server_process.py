@@ -66,6 +66,7 @@ class ServerProcess:
             self._wait_ready()
         except BaseException:
             self._kill()
+            self._log.close()
             raise
         return self
 
@@ -73,8 +74,8 @@ class ServerProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if error is None:
-                self.stop()
+            if error is None and self.process is not None and self.process.returncode is None:
+                self.stop()  # unless the test has ended the server itself and waited for it
         finally:
             self._kill()
             self._log.close()

@@ -8,20 +8,25 @@ promises: one terminal row per request, none for a request it was never sent.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from sglang.srt.config import sections
 from sglang.srt.config.model_config import ModelConfig
-from sglang.srt.managers.io_struct import wire
+from sglang.srt.managers.io_struct import GenerateReqInput, wire
 from sglang.srt.managers.io_struct.wire import Finish, FinishInfo, RowLogprobs
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.parser.tokenizer import Tokenizer
+
+WAITING_ABORT = {"type": "abort", "message": "Abort in waiting queue"}
+RUNNING_ABORT = {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
 
 EOS = 256
 VOCAB_SIZE = 257
@@ -90,15 +95,15 @@ class Row:
 
 def step_output(rows: Sequence[Row]) -> wire.StepOutput:
     """The wire message for some rows."""
-    with_logprobs = any(row.logprobs is not None for row in rows)
+    logprobs: list[float] = []
+    if any(row.logprobs is not None for row in rows):
+        logprobs = [p for row in rows for p in (row.logprobs or [0.0] * len(row.tokens))]
     return wire.StepOutput(
         req_ids=wire.pack([row.req_id for row in rows], "<i8"),
         finish=bytes(row.finish for row in rows),
         num_tokens=wire.pack([len(row.tokens) for row in rows], "<i4"),
         tokens=wire.pack([t for row in rows for t in row.tokens], "<i4"),
-        logprobs=wire.pack([p for r in rows for p in (r.logprobs or [0.0] * len(r.tokens))], "<f4")
-        if with_logprobs
-        else b"",
+        logprobs=wire.pack(logprobs, "<f4"),
         cached_tokens={i: r.cached_tokens for i, r in enumerate(rows) if r.cached_tokens is not None},
         finish_info={i: row.info or FinishInfo() for i, row in enumerate(rows) if row.finish},
         extras={i: row.extras for i, row in enumerate(rows) if row.extras is not None},
@@ -235,6 +240,69 @@ class FakeClient:
         await self._gone.wait()
 
 
+class Call:
+    """One client: runs a request in a task and keeps what it is given.
+
+    Args:
+        chunks: call `stream_chunks` instead of `generate_request`.
+        fields: of the GenerateReqInput; `text="hi"` unless a prompt is given.
+    """
+
+    def __init__(self, manager: TokenizerManager, *, chunks: bool = False, **fields: Any) -> None:
+        if "text" not in fields and "input_ids" not in fields:
+            fields["text"] = "hi"
+        self.client = FakeClient()
+        self.items: list[Any] = []
+        serve = manager.stream_chunks if chunks else manager.generate_request
+        self.generator = serve(GenerateReqInput(**fields), self.client)
+        self.task = asyncio.get_running_loop().create_task(self._collect())
+
+    @property
+    def done(self) -> bool:
+        """Whether the client has its terminal result: the whole reply, or an error."""
+        return self.task.done()
+
+    @property
+    def error(self) -> BaseException | None:
+        """The error it got, if any; only when done."""
+        return self.task.exception()
+
+    @property
+    def reply(self) -> Any:
+        """The only item of a call that is not streamed."""
+        assert len(self.items) == 1, self.items
+        return self.items[0]
+
+    @property
+    def finish_reasons(self) -> list[dict[str, Any]]:
+        """Every finish reason it has been told, in order of arrival."""
+        bodies = [body for item in self.items for body in (item if isinstance(item, list) else [item])]
+        reasons = [b["meta_info"]["finish_reason"] if isinstance(b, dict) else b.finish_reason for b in bodies]
+        return [reason for reason in reasons if reason is not None]
+
+    async def _collect(self) -> None:
+        async with contextlib.aclosing(self.generator) as items:
+            async for item in items:
+                self.items.append(item)
+
+
+class SlowTokenizer:
+    """Holds every call in its tokenising await until the test sets `go`. Undone with the monkeypatch.
+
+    Args:
+        longer_than: texts up to this many characters are tokenised at once, as ever.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, longer_than: int = 0) -> None:
+        self.go = asyncio.Event()
+        monkeypatch.setattr("sglang.srt.managers.request_builder.OFF_LOOP_CHARACTERS", longer_than)
+        monkeypatch.setattr(asyncio, "to_thread", self._later)
+
+    async def _later(self, function: Callable[..., Any], *args: Any) -> Any:
+        await self.go.wait()
+        return function(*args)
+
+
 _TOKENIZER = byte_tokenizer()
 
 
@@ -256,3 +324,59 @@ async def settle(turns: int = 12) -> None:
     """Let everything that can run now run: a bounded number of event-loop turns, no time."""
     for _ in range(turns):
         await asyncio.sleep(0)
+
+
+@dataclass
+class Front:
+    """A manager, the scheduler behind it, and shorthands for tests."""
+
+    manager: TokenizerManager
+    scheduler: FakeScheduler
+
+    @classmethod
+    async def start(cls, **options: Any) -> Front:
+        """A front that is up; the options are those of `make_manager`."""
+        scheduler = FakeScheduler()
+        manager = make_manager(scheduler, **options)
+        await manager.start()
+        scheduler.ready()
+        await manager.wait_ready(1.0)
+        return cls(manager, scheduler)
+
+    def call(self, **fields: Any) -> Call:
+        """A client that asks for something."""
+        return Call(self.manager, **fields)
+
+    async def running(self, **fields: Any) -> Call:
+        """A call whose requests are with the scheduler and have a token each."""
+        known = set(self.scheduler.live)
+        call = self.call(**fields)
+        await settle()
+        for req_id in self.scheduler.live.keys() - known:
+            self.scheduler.emit(req_id, "a")
+        await settle()
+        return call
+
+    @property
+    def only(self) -> int:
+        """The only request the scheduler has."""
+        (req_id,) = self.scheduler.live
+        return req_id
+
+    async def check_clean(self) -> None:
+        """Nothing is left: what a quiet server must look like."""
+        await settle()
+        assert not self.scheduler.live
+        assert not self.manager.records
+        assert not self.manager.rid_to_state
+        assert self.manager.counters.double_closes == 0
+        assert len(self.scheduler.terminal) == len(set(self.scheduler.terminal))
+
+
+@contextlib.asynccontextmanager
+async def clean_front(**options: Any) -> AsyncIterator[Front]:
+    """A front that must be clean at the end."""
+    front = await Front.start(**options)
+    yield front
+    await front.check_clean()
+    await front.manager.close()

@@ -13,7 +13,7 @@ from sglang.srt.managers.io_struct import wire
 from sglang.srt.managers.io_struct.wire import Finish, FinishInfo, RowLogprobs
 from sglang.srt.managers.planner import Planner
 from sglang.srt.managers.request import Request
-from sglang.srt.sampling.logprobs import HostScore, row_logprobs
+from sglang.srt.sampling.logprobs import HostScore, PackedScores, concat_scores, pack_positions
 from sglang.srt.sampling.sampler import HostSample
 
 NAN_MESSAGE = "NaN happened"
@@ -140,13 +140,25 @@ class OutputProcessor:
         top = sample.top.get(index) if sample else None
         ids = sample.ids.get(index) if sample else None
         scores = self._take_scores(request)
-        if top is not None or ids is not None or scores is not None:
-            self._columns.extras[row] = row_logprobs(
-                scores,
-                missing_first=request.logprob_start == 0,
-                output_top=None if top is None else [top],
-                output_ids=None if ids is None else [ids],
-            )
+        if top is None and ids is None and scores is None:
+            return
+        prompt = None if scores is None else self._pack(request, scores)
+        self._columns.extras[row] = RowLogprobs(
+            input_logprobs=prompt.logprobs if prompt else None,
+            input_top=prompt.top if prompt else None,
+            input_ids=prompt.ids if prompt else None,
+            output_top=None if top is None else pack_positions([top]),
+            output_ids=None if ids is None else pack_positions([ids]),
+        )
+
+    def _pack(self, request: Request, scores: list[HostScore]) -> PackedScores:
+        options = request.sampling
+        return concat_scores(
+            [scores],
+            missing_first=request.logprob_start == 0,
+            wants_top=options.top_logprobs_num > 0,
+            wants_ids=bool(options.token_ids_logprob),
+        )
 
     def _take_scores(self, request: Request) -> list[HostScore] | None:
         if not request.wants_input_scores:

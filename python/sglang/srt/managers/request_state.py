@@ -212,6 +212,7 @@ class RequestRecord:
         """Append the tokens of one row; `logprobs` is as long as `tokens`, or empty when nobody asked."""
         self.output_ids += tokens
         if self.prompt.logprobs is not None:
+            assert len(logprobs) == len(tokens), "a row without the log-probabilities it was to carry"
             self.logprobs += logprobs
             if extras is not None:
                 self.extras.extend(extras)

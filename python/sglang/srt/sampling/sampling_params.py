@@ -7,6 +7,7 @@ Invariant: a `SamplingSpec` is always valid; the back never re-checks it.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -17,6 +18,7 @@ from sglang.srt.errors import RequestError
 GREEDY_EPSILON = 1e-6
 """Temperatures below this are greedy decoding."""
 MAX_SEED = 2**63 - 1
+_TOKEN_ID = re.compile("[0-9]{1,10}")
 
 
 class SamplingSpec(msgspec.Struct, array_like=True, frozen=True):
@@ -86,6 +88,9 @@ class SamplingParams(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         Raises:
             RequestError: unknown key or wrong type.
         """
+        bias = data.get("logit_bias")
+        if isinstance(bias, dict):  # JSON keys are strings; Python callers write the ids as they are
+            data = {**data, "logit_bias": {str(token): value for token, value in bias.items()}}
         try:
             params = msgspec.convert(data, cls, strict=False)
         except msgspec.ValidationError as error:
@@ -114,7 +119,7 @@ class SamplingParams(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
             RequestError: names the parameter, the value and the allowed range.
         """
         v = _Values(self)
-        v.require("temperature", v.temperature >= 0.0, ">= 0")
+        v.require("temperature", 0.0 <= v.temperature < math.inf, "a finite number >= 0")
         v.require("top_p", 0.0 < v.top_p <= 1.0, "in (0, 1]")
         v.require("min_p", 0.0 <= v.min_p <= 1.0, "in [0, 1]")
         v.require("top_k", v.top_k == -1 or v.top_k >= 1, "-1 (all) or at least 1")
@@ -126,20 +131,23 @@ class SamplingParams(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
             "min_new_tokens", 0 <= v.min_new_tokens <= v.max_new_tokens, f"in [0, max_new_tokens={v.max_new_tokens}]"
         )
         v.require("n", v.n >= 1, "at least 1")
-        v.require("sampling_seed", abs(self.sampling_seed or 0) <= MAX_SEED, "a 64-bit integer")
+        v.require("sampling_seed", -(2**63) <= (self.sampling_seed or 0) < 2**64, "a 64-bit integer")
         if sum(bool(g) for g in (self.json_schema, self.regex, self.ebnf)) > 1:
             raise RequestError("Only one of regex, json_schema, or ebnf can be set.")
         self._verify_ids(vocab_size)
         for pattern in self.stop_patterns:
             try:
                 re.compile(pattern)
-            except re.error as error:
-                raise RequestError(f"stop_regex {pattern!r} is not a valid regular expression: {error}.") from error
+            except (re.error, OverflowError, RecursionError) as error:
+                shown = pattern if len(pattern) <= 100 else pattern[:100] + "..."
+                raise RequestError(f"stop_regex {shown!r} is not a valid regular expression: {error}.") from error
 
     def _verify_ids(self, vocab_size: int) -> None:
-        for token in self.logit_bias or {}:
-            if not token.lstrip("-").isdigit() or not 0 <= int(token) < vocab_size:
-                raise RequestError(f"logit_bias key {token!r} must be a token id in [0, {vocab_size - 1}].")
+        for token, bias in (self.logit_bias or {}).items():
+            if not _TOKEN_ID.fullmatch(token) or not int(token) < vocab_size:
+                raise RequestError(f"logit_bias key {token[:50]!r} must be a token id in [0, {vocab_size - 1}].")
+            if not bias < math.inf:
+                raise RequestError(f"logit_bias of token {token} must be a number below infinity, got {bias}.")
         for stop_id in self.stop_token_ids or ():
             if stop_id is not None and not 0 <= stop_id < vocab_size:
                 raise RequestError(f"stop_token_ids must be in [0, {vocab_size - 1}], got {stop_id}.")
