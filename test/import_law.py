@@ -38,6 +38,7 @@ BACK_MANAGERS = (
     "request",
     "scheduler",
     "scheduler_control",
+    "scheduler_process",
     "stats",
     "tp_worker",
 )
@@ -75,6 +76,7 @@ LEVELS: dict[str, tuple[float, str]] = {
     "sglang.launch_server": (5, FRONT),
     "sglang.cli": (5, FRONT),
     "sglang.benchmark": (5, FRONT),
+    "sglang.bench_serving": (5, FRONT),
     "sglang": (5, FRONT),
 }
 

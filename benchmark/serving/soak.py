@@ -32,6 +32,7 @@ REPLY_TIMEOUT = 120.0
 CONTROL_TIMEOUT = 30.0
 IDLE_TIMEOUT = 20.0
 MAX_EVENT_WAIT = 2.0
+FULL_QUEUE_PAUSE = 0.05
 MAX_REPLAYS = 20
 
 
@@ -100,7 +101,12 @@ class Soak:
             await self._post("/continue_generation", {})
         if not control.cancelled() and control.exception() is not None:
             self.outcome.blame("control", [repr(control.exception())])
-        await self._audit()
+        try:
+            await self._audit()
+        except (OSError, HttpProtocolError, ValueError, KeyError) as error:
+            self.outcome.blame(
+                "afterwards", [f"the audit failed, is the server alive? {type(error).__name__}: {error}"]
+            )
         return self.outcome
 
     # ---- one case ----------------------------------------------------------------------------------------------
@@ -120,23 +126,34 @@ class Soak:
         self.outcome.blame(where, problems)
 
     async def _exchange(self, case: Case, started: float) -> list[str]:
-        exchange = Exchange(self.url, "POST", case.target, case.body)
-        if case.fate is Fate.DROP:
-            await self._send_and_drop(exchange, case)
+        if case.fate in (Fate.DROP, Fate.CUT):
+            await self._send_and_drop(case)
             return []
+        if case.twin:
+            pair = await asyncio.gather(self._ask(case, started), self._ask(case, started))
+            return [problem for problems in pair for problem in problems]
         abort = asyncio.create_task(self._abort_later(case)) if case.fate is not Fate.READ else None
         try:
-            async with exchange:
-                if case.stream and exchange.status == 200:
-                    events = [event async for event in exchange.events()]
-                    return self._check_events(case, events, self._abort_allowed(case, started))
-                reply = Reply(exchange.status, exchange.headers, await exchange.body())
-            return self._check_reply(case, reply, self._abort_allowed(case, started))
+            return await self._ask(case, started)
         finally:
             if abort is not None:
                 await abort
 
-    async def _send_and_drop(self, exchange: Exchange, case: Case) -> None:
+    async def _ask(self, case: Case, started: float) -> list[str]:
+        async with Exchange(self.url, "POST", case.target, case.body) as exchange:
+            self.outcome.counts[f"status_{exchange.status}"] += 1
+            if case.stream and exchange.status == 200:
+                events = [event async for event in exchange.events()]
+                return self._check_events(case, events, self._abort_allowed(case, started))
+            reply = Reply(exchange.status, exchange.headers, await exchange.body())
+        if reply.status == 503 and self.allow_full_queue:
+            await asyncio.sleep(FULL_QUEUE_PAUSE)
+            return []
+        return self._check_reply(case, reply, self._abort_allowed(case, started))
+
+    async def _send_and_drop(self, case: Case) -> None:
+        exchange = Exchange(self.url, "POST", case.target, case.body)
+
         async def read_some() -> None:
             await exchange.read_head()
             if case.stream and exchange.status == 200:
@@ -146,7 +163,7 @@ class Soak:
                     if seen >= case.drop_events:
                         return
 
-        await exchange.send()
+        await exchange.send(upto=0.5 if case.fate is Fate.CUT else 1.0)
         try:
             await asyncio.wait_for(read_some(), case.delay + (MAX_EVENT_WAIT if case.stream else 0.001))
         except asyncio.TimeoutError:
@@ -167,10 +184,10 @@ class Soak:
         return case.fate is not Fate.READ or self._aborting > 0 or self._last_abort >= started
 
     def _check_reply(self, case: Case, reply: Reply, abort_allowed: bool) -> list[str]:
-        self.outcome.counts[f"status_{reply.status}"] += 1
         if case.kind is Kind.INVALID:
             return checks.refusal(case, reply)
-        if reply.status == 503 and self.allow_full_queue:
+        if case.twin and reply.status == 400 and b"Duplicate request ID" in reply.body:
+            self.outcome.counts["duplicate_rids"] += 1
             return []
         if reply.status != 200:
             return [f"status {reply.status}: {reply.body[:300]!r}"]
@@ -183,7 +200,6 @@ class Soak:
         return problems
 
     def _check_events(self, case: Case, events: list[bytes], abort_allowed: bool) -> list[str]:
-        self.outcome.counts["status_200_stream"] += 1
         if case.kind is Kind.INVALID:
             return [f"a bad request was answered with a stream: {events[:1]}"]
         if case.kind is not Kind.NATIVE:
@@ -204,21 +220,22 @@ class Soak:
 
     async def _control(self) -> None:
         rng = random.Random(self.seed + 1)
-        operations: list[Callable[[random.Random], Awaitable[None]]] = [
-            self._pause_abort,
-            self._pause_retract,
-            self._pause_in_place,
-            self._pause_and_continue_at_once,
-            self._abort_all,
-            self._flush,
-            self._look_around,
-        ]
+        # What aborts everything is rarer, so that most requests still live to their own end.
+        operations: dict[Callable[[random.Random], Awaitable[None]], int] = {
+            self._pause_abort: 1,
+            self._pause_and_continue_at_once: 1,
+            self._abort_all: 1,
+            self._pause_retract: 3,
+            self._pause_in_place: 3,
+            self._flush: 3,
+            self._look_around: 2,
+        }
         next_at = self.control_every
         while True:
             while self._sent < next_at:
                 self._progress.clear()
                 await self._progress.wait()
-            operation = rng.choice(operations)
+            operation = rng.choices(list(operations), weights=list(operations.values()))[0]
             self.outcome.counts[operation.__name__.lstrip("_")] += 1
             await operation(rng)
             next_at = self._sent + self.control_every
@@ -242,7 +259,7 @@ class Soak:
         await self._post("/pause_generation", {"mode": "in_place"})
         await asyncio.sleep(rng.choice((0.0, 0.05)))
         await self._expect("health while paused (in_place)", "GET", "/health", 200)
-        if rng.random() < 0.3:
+        if rng.random() < 0.1:
             await self._aborting_everything(self._post("/abort_request", {"abort_all": True}))
         await self._post("/continue_generation", {})
 

@@ -33,10 +33,11 @@ class Kind(str, enum.Enum):
 
 
 class Fate(str, enum.Enum):
-    """What the client does after sending."""
+    """What the client does: read all, leave (DROP), leave while still sending (CUT), abort by rid or by its prefix."""
 
     READ = "read"
     DROP = "drop"
+    CUT = "cut"
     ABORT = "abort"
     ABORT_PREFIX = "abort_prefix"
 
@@ -49,7 +50,8 @@ class Case:
         body: JSON value, or raw bytes sent as they are.
         delay: seconds before a DROP or an abort.
         drop_events: a streaming DROP happens after this many events instead, when that comes first.
-        reset: a DROP is a TCP reset rather than an orderly close.
+        reset: a DROP or CUT is a TCP reset rather than an orderly close.
+        twin: the same request, rid included, is sent twice at once.
         results: choices or list items expected (prompts times n).
         says: part of the error message an INVALID case must be answered with.
     """
@@ -62,6 +64,7 @@ class Case:
     delay: float = 0.0
     drop_events: int = 1
     reset: bool = False
+    twin: bool = False
     results: int = 1
     says: str = ""
 
@@ -117,12 +120,13 @@ class CaseMaker:
 
     def _choose_fate(self, case: Case) -> None:
         rng = self._rng
-        case.fate = rng.choices(list(Fate), weights=(72, 16, 8, 4))[0]
+        case.fate = rng.choices(list(Fate), weights=(70, 16, 2, 8, 4))[0]
         case.delay = rng.choice((0.0, 0.002, 0.02, 0.1, 0.3))
         case.drop_events = rng.choice((1, 2, 5))
         case.reset = rng.random() < 0.5
         if case.fate in (Fate.ABORT, Fate.ABORT_PREFIX) and "rid" not in case.body:
             case.fate = Fate.READ
+        case.twin = case.fate is Fate.READ and "rid" in case.body and rng.random() < 0.1
 
     def _native(self, index: int) -> Case:
         rng = self._rng
@@ -142,7 +146,7 @@ class CaseMaker:
     def _ask_logprobs(self, body: dict[str, Any]) -> None:
         rng = self._rng
         body["return_logprob"] = True
-        body["logprob_start_len"] = rng.choice((-1, -1, 0, 1, 3))
+        body["logprob_start_len"] = rng.choice((-1, -1, 0, 0, 1))
         body["top_logprobs_num"] = rng.choice((0, 0, 2, 5))
         if rng.random() < 0.3:
             ids = [5, 17, 300]
@@ -255,6 +259,7 @@ class CaseMaker:
             ({"text": "a", "rid": ["x", "y"]}, ""),
             ({"text": ["a", "b"], "rid": ["same", "same"]}, "Duplicate request ID"),
             ({"text": ["a", "b"], "return_logprob": [True]}, ""),
+            ({"text": "a", "return_logprob": True, "logprob_start_len": 99}, "logprob_start_len"),
             ({"text": "a", "image_data": "cat.png"}, "image_data"),
             ({"text": "a", "lora_path": "nobody"}, "LoRA is not enabled"),
             (b'{"text": "a"', ""),

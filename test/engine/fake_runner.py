@@ -1,7 +1,7 @@
 """A model runner without a model: the next token is a hash of the tokens whose KV the page table leads to.
 
-Any mistake in paging, prefix sharing, chunking, retraction or overlap changes the output, because what is hashed is what
-the pool's rows hold, not what the request says. `expected` is the same function on plain lists.
+Any mistake in paging, prefix sharing, chunking, retraction or overlap changes the output, because what is hashed is
+what the pool's rows hold, not what the request says. `expected` is the same function on plain lists.
 """
 
 from __future__ import annotations

@@ -119,6 +119,7 @@ class FakeScheduler:
         aborted, stopped: of those, the ones the front wants ended, in order.
         calls: control calls without a reply, oldest first.
         batches: how many requests each SubmitBatch held.
+        asked_to_end: every request the front has ever wanted ended.
     """
 
     live: dict[int, wire.SubmitRequest] = field(default_factory=dict)
@@ -130,6 +131,7 @@ class FakeScheduler:
     sent: list[wire.ToBack] = field(default_factory=list)
     terminal: list[int] = field(default_factory=list)
     started: set[int] = field(default_factory=set)
+    asked_to_end: set[int] = field(default_factory=set)
     paused: bool = False
     dead: bool = False
     _inbox: asyncio.Queue[wire.ToFront] = field(default_factory=asyncio.Queue)
@@ -219,6 +221,7 @@ class FakeScheduler:
             self.submitted.append(request)
 
     def _end(self, wanted: list[int], req_ids: list[int]) -> None:
+        self.asked_to_end.update(req_ids)
         known = {request.req_id for request in self.submitted}
         assert known.issuperset(req_ids), "ended before it was submitted"
         assert len(set(req_ids)) == len(req_ids)
@@ -376,7 +379,10 @@ class Front:
 @contextlib.asynccontextmanager
 async def clean_front(**options: Any) -> AsyncIterator[Front]:
     """A front that must be clean at the end."""
+    errors: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
     front = await Front.start(**options)
     yield front
     await front.check_clean()
     await front.manager.close()
+    assert not errors, "an exception in an event-loop callback"

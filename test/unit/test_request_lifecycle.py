@@ -1,7 +1,7 @@
 """Pauses, and every interleaving of everything that can happen to requests in the front.
 
-The state machine at the end steps an event loop by hand: clients, operators and the scheduler act in any order, with any
-number of event-loop turns between, and whatever they do, nobody may wait for ever and nothing may be left.
+The state machine at the end steps an event loop by hand: clients, operators and the scheduler act in any order, with
+any number of event-loop turns between, and whatever they do, nobody may wait for ever and nothing may be left.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import pytest_asyncio
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from unit.fake_scheduler import EOS, WAITING_ABORT, Call, Front, Row, SlowTokenizer, clean_front, settle
+from unit.fake_scheduler import EOS, WAITING_ABORT, Call, Front, Row, SlowTokenizer, clean_front, ids_of, settle
 
 from sglang.srt.errors import RequestError, ServiceUnavailableError
 from sglang.srt.managers.io_struct import PauseGenerationReqInput
 from sglang.srt.managers.io_struct.wire import ContinueCall, Finish, FinishInfo, PauseCall, PauseMode
 from sglang.srt.managers.request_state import RecordState
+from sglang.srt.managers.response import OutputChunk
 from sglang.srt.managers.tokenizer_manager import ServerStatus
 
 
@@ -223,12 +224,13 @@ async def test_bad_pause_mode_is_refused(front):
 
 # ---- every interleaving --------------------------------------------------------------------------------------------
 
-PLAIN_ENDS = [Finish.NONE, Finish.NONE, Finish.NONE, Finish.LENGTH, Finish.STOP, Finish.ABORT]
+STOP = ids_of("x")[0]
+ENDS = [Finish.LENGTH, Finish.LENGTH, Finish.STOP, Finish.ABORT]
 INFOS = {
     Finish.STOP: FinishInfo(matched=EOS),
     Finish.ABORT: FinishInfo(message="The request queue is full.", status_code=503),
 }
-RIDS = [None, None, "a", "ab", "b"]
+RIDS = [None, None, None, "r", "rs", "s"]  # no hexadecimal letters: generated rids must not match by chance
 turns = st.sampled_from([0, 1, 2, 3, 12])
 
 
@@ -238,9 +240,13 @@ class FrontMachine(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self.loop = asyncio.new_event_loop()
+        self.clock = 0.0  # time stands still unless a rule moves it: a run must be repeatable
+        self.loop.time = lambda: self.clock
+        self.loop_errors: list[dict] = []
+        self.loop.set_exception_handler(lambda _, context: self.loop_errors.append(context))
         self.monkeypatch = pytest.MonkeyPatch()
-        self.slow = SlowTokenizer(self.monkeypatch, longer_than=6)
-        self.front = self.run(Front.start(max_queued_requests=20))
+        self.slow = SlowTokenizer(self.monkeypatch, longer_than=11)
+        self.front = self.run(Front.start(max_queued_requests=40))
         self.scheduler, self.manager = self.front.scheduler, self.front.manager
         self.calls: list[tuple[Call, int]] = []
         self.control: list[asyncio.Task] = []
@@ -267,7 +273,7 @@ class FrontMachine(RuleBasedStateMachine):
         chunks=st.booleans(),
         rid=st.sampled_from(RIDS),
         stop=st.booleans(),
-        bad=st.sampled_from([False, False, False, True]),
+        bad=st.sampled_from([False] * 9 + [True]),
         turns=turns,
     )
     def submit(self, texts, n, stream, chunks, rid, stop, bad, turns) -> None:
@@ -285,14 +291,13 @@ class FrontMachine(RuleBasedStateMachine):
         self.act(call.client.disconnect if how == "disconnect" else call.task.cancel)
         self.run(settle(turns))
 
-    @rule(rid=st.sampled_from(["a", "ab", "b", "a_0", "", None]), prefix=st.booleans(), turns=turns)
-    def abort(self, rid, prefix, turns) -> None:
-        self.act(self.manager.abort_request, rid, prefix=prefix)
-        self.run(settle(turns))
-
-    @rule(turns=turns)
-    def abort_all(self, turns) -> None:
-        self.act(self.manager.abort_request, abort_all=True)
+    @rule(
+        rid=st.sampled_from(["r", "rs", "s", "r_0", "", None]),
+        kind=st.sampled_from(["rid", "prefix", "all"]),
+        turns=turns,
+    )
+    def abort(self, rid, kind, turns) -> None:
+        self.act(self.manager.abort_request, rid, abort_all=kind == "all", prefix=kind == "prefix")
         self.run(settle(turns))
 
     @rule(mode=st.sampled_from(PauseMode), turns=turns)
@@ -310,10 +315,16 @@ class FrontMachine(RuleBasedStateMachine):
     def forget_control_call(self, data) -> None:
         self.act(data.draw(st.sampled_from(self.control)).cancel)
 
-    @rule(call=st.sampled_from(["flush_cache", "scheduler_stats"]), turns=turns)
-    def ask(self, call, turns) -> None:
-        self.spawn(getattr(self.manager, call)())
+    @rule(flush_timeout=st.sampled_from([None, 0.0, 5.0]), turns=turns)
+    def ask(self, flush_timeout, turns) -> None:
+        manager = self.manager
+        self.spawn(manager.scheduler_stats() if flush_timeout is None else manager.flush_cache(flush_timeout))
         self.run(settle(turns))
+
+    @rule(seconds=st.sampled_from([0.1, 6.0]))
+    def time_passes(self, seconds) -> None:
+        self.clock += seconds
+        self.run(settle())
 
     @rule(turns=turns)
     def tokenise(self, turns) -> None:
@@ -321,14 +332,23 @@ class FrontMachine(RuleBasedStateMachine):
         self.run(settle(turns))
         self.slow.go.clear()
 
+    @rule(
+        tokens=st.lists(st.sampled_from([64, 65, STOP]), min_size=1, max_size=3), times=st.integers(1, 2), turns=turns
+    )
+    @precondition(lambda self: self.scheduler.live and not self.dead)
+    def decode(self, tokens, times, turns) -> None:
+        rows = [Row(req_id, tokens) for req_id in self.scheduler.live]
+        self.act(lambda: [self.scheduler.step(*rows) for _ in range(times)])
+        self.run(settle(turns))
+
     @rule(data=st.data(), turns=turns)
     @precondition(lambda self: self.scheduler.live and not self.dead)
-    def step(self, data, turns) -> None:
-        chosen = data.draw(st.lists(st.sampled_from(sorted(self.scheduler.live)), unique=True, max_size=6))
+    def finish_some(self, data, turns) -> None:
+        chosen = data.draw(st.lists(st.sampled_from(sorted(self.scheduler.live)), unique=True, min_size=1, max_size=6))
         rows = []
         for req_id in chosen:
-            finish = data.draw(st.sampled_from(PLAIN_ENDS))
-            tokens = data.draw(st.lists(st.sampled_from([64, 65, 87]), max_size=3))  # 87 is "x", the stop string
+            finish = data.draw(st.sampled_from(ENDS))
+            tokens = data.draw(st.lists(st.sampled_from([64, STOP]), max_size=2))
             rows.append(Row(req_id, tokens, finish, INFOS.get(finish)))
         self.act(self.scheduler.step, *rows)
         self.run(settle(turns))
@@ -358,10 +378,10 @@ class FrontMachine(RuleBasedStateMachine):
         self.dead = True
         self.act(self.manager.back_died, "it was killed")
 
-    @rule()
+    @rule(timeout=st.sampled_from([0.0, 5.0]))
     @precondition(lambda self: len(self.calls) > 6 and not self.dead)
-    def drain(self) -> None:
-        self.spawn(self.manager.drain(0.0))
+    def drain(self, timeout) -> None:
+        self.spawn(self.manager.drain(timeout))
         self.run(settle())
 
     @invariant()
@@ -385,35 +405,43 @@ class FrontMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "manager"):
             return
-        self.spawn(self.manager.continue_generation())
-        self.slow.go.set()
-        for _ in range(4):
-            self.run(settle())
-            if not self.dead:
-                self.act(self.finish_everything)
-        self.run(settle())
         try:
+            self.wind_down()
             self.check_end()
         finally:
             self.monkeypatch.undo()
             self.run(self.manager.close())
             self.loop.close()
 
-    def finish_everything(self) -> None:
-        """What a scheduler that works does in the end."""
-        while self.scheduler.calls:
-            self.scheduler.reply()
-        self.scheduler.ack()
-        for req_id in list(self.scheduler.live):
-            self.scheduler.finish(req_id)
+    def wind_down(self) -> None:
+        """Let everything through that waits in the front; then a scheduler that does no more than ack must do."""
+        self.spawn(self.manager.continue_generation())
+        self.slow.go.set()
+        self.answer_calls()
+        unwanted = {record.req_id for record in self.manager.records.values() if not record.listening}
+        assert unwanted <= self.scheduler.asked_to_end, "nobody waits for it, and it runs"
+        if not self.dead:
+            self.spawn(self.manager.pause_generation())
+            self.run(settle())
+            self.act(self.scheduler.ack)
+            self.answer_calls()
+
+    def answer_calls(self) -> None:
+        self.time_passes(1.0)
+        while self.scheduler.calls and not self.dead:
+            self.act(self.scheduler.reply)
+            self.run(settle())
 
     def check_end(self) -> None:
+        assert not self.loop_errors
         assert [task for task in self.control if not task.done()] == [], "a pause, continue or call hangs"
         for task in self.control:
             if not task.cancelled() and task.exception() is not None:
                 assert isinstance(task.exception(), ServiceUnavailableError), task.exception()
         for call, sequences in self.calls:
             assert call.done, "a client hangs"
+            chunks = [item for item in call.items if isinstance(item, OutputChunk)]
+            assert all(chunk.token_ids or chunk.finish_reason for chunk in chunks), "an event that says nothing"
             if call.task.cancelled():
                 continue
             if call.error is None:
@@ -424,7 +452,7 @@ class FrontMachine(RuleBasedStateMachine):
         assert not self.manager.rid_to_state
         assert self.manager._control.num_pending == 0
         if not self.dead:
-            assert sorted(self.scheduler.terminal) == [request.req_id for request in self.scheduler.submitted]
+            assert sorted(self.scheduler.terminal) == sorted(request.req_id for request in self.scheduler.submitted)
             assert self.manager.status in (ServerStatus.UP, ServerStatus.DRAINING)
 
 

@@ -281,6 +281,7 @@ async def test_A15_A16_client_lost_at_each_await(front, monkeypatch, stage, how,
     await settle()
     if stage in ("tokenising", "held"):
         assert not front.manager.records
+        assert not front.manager._lifecycle._held
         assert not front.scheduler.submitted
     slow.go.set()
     await front.manager.continue_generation()

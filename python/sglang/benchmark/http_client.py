@@ -67,10 +67,10 @@ class Exchange:
     ) -> None:
         self.drop()
 
-    async def send(self) -> None:
-        """Connect and send the request, without waiting for a reply."""
+    async def send(self, *, upto: float = 1.0) -> None:
+        """Connect and send the request, or only its first `upto` part, without waiting for a reply."""
         self._reader, self._writer = await asyncio.open_connection(self._host, self._port, limit=_READ_LIMIT)
-        self._writer.write(self._request)
+        self._writer.write(self._request[: int(len(self._request) * upto)])
         await self._writer.drain()
 
     def drop(self, *, reset: bool = False) -> None:

@@ -99,6 +99,7 @@ class HttpServer:
         self._launch_callback = launch_callback
         self._url = server_args.url()
         self._access_log = (server_args.log_level_http or "").lower() in ("info", "debug")
+        self._drain_seconds = environ.SGLANG_DRAIN_TIMEOUT.get()
         self._uvicorn: QuietServer | None = None
         self._started = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -213,12 +214,13 @@ class HttpServer:
         self._spawn(self._drain(number))
 
     async def _drain(self, number: signal.Signals) -> None:
-        seconds = environ.SGLANG_DRAIN_TIMEOUT.get()
-        logger.info("%s: refusing new requests; live ones have %.0f s to end", number.name, seconds)
+        logger.info("%s: refusing new requests; live ones have %.0f s to end", number.name, self._drain_seconds)
         await self._started.wait()
         failed = self._runtime.manager.status is ServerStatus.DOWN
-        await self._runtime.shutdown(drain=seconds)
-        self._stop(exit_code=1 if failed else 0)
+        try:
+            await self._runtime.shutdown(drain=self._drain_seconds)
+        finally:
+            self._stop(exit_code=1 if failed else 0)
 
     def _stop(self, exit_code: int) -> None:
         self._exit_code = self._exit_code or exit_code

@@ -12,11 +12,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
 from typing import Any, cast
 
 import msgspec
@@ -38,6 +40,14 @@ BACK_COMMAND = (sys.executable, "-m", "sglang.srt.managers.scheduler_process")
 LAST_WORDS_SECONDS = 0.1
 STOP_GRACE_SECONDS = 10.0
 """How long the back may take to leave after SIGTERM before it is killed."""
+
+
+def _environment() -> dict[str, str]:
+    """Our environment, in which the child also finds this package where only our own sys.path knows it."""
+    root = Path(__file__).resolve().parents[3]
+    if root.name in ("site-packages", "dist-packages"):
+        return dict(os.environ)
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))}
 
 
 def describe_exit(code: int) -> str:
@@ -66,7 +76,9 @@ class BackProcess:
         self._on_exit = on_exit
         self._exited = asyncio.Event()
         # A session of its own: Ctrl-C in a terminal reaches the front alone, which then drains before it ends the back.
-        self._process = subprocess.Popen(BACK_COMMAND, stdin=subprocess.PIPE, start_new_session=True)
+        self._process = subprocess.Popen(
+            BACK_COMMAND, stdin=subprocess.PIPE, start_new_session=True, env=_environment()
+        )
         watcher = threading.Thread(target=self._feed_and_wait, args=(asyncio.get_running_loop(),), daemon=True)
         watcher.start()
 
@@ -221,6 +233,8 @@ class Runtime:
         self._stopping = True
         back, channel, self._back, self._channel = self._back, self._channel, None, None
         if back is not None:
+            if self._manager is None or self._manager.ready is None:
+                back.kill()  # it is still loading: there is nothing to finish, and it would not listen
             await back.stop()
         if self._manager is not None:
             await self._manager.close()

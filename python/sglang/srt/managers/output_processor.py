@@ -13,7 +13,7 @@ from sglang.srt.managers.io_struct import wire
 from sglang.srt.managers.io_struct.wire import Finish, FinishInfo, RowLogprobs
 from sglang.srt.managers.planner import Planner
 from sglang.srt.managers.request import Request
-from sglang.srt.sampling.logprobs import HostScore, PackedScores, concat_scores, pack_positions
+from sglang.srt.sampling.logprobs import HostScore, PackedScores, concat_scores
 from sglang.srt.sampling.sampler import HostSample
 
 NAN_MESSAGE = "NaN happened"
@@ -147,8 +147,8 @@ class OutputProcessor:
             input_logprobs=prompt.logprobs if prompt else None,
             input_top=prompt.top if prompt else None,
             input_ids=prompt.ids if prompt else None,
-            output_top=None if top is None else pack_positions([top]),
-            output_ids=None if ids is None else pack_positions([ids]),
+            output_top=top,
+            output_ids=ids,
         )
 
     def _pack(self, request: Request, scores: list[HostScore]) -> PackedScores:

@@ -68,9 +68,9 @@ class RequestBuilder:
             RequestError: what the request asks for is malformed, out of range or not supported.
         """
         obj.check()
-        items = [obj] if obj.is_single else [obj[i] for i in range(obj.batch_size)]
         _check_rids(obj)
         _check_token_ids_logprob(obj)
+        items = [obj] if obj.is_single else [obj[i] for i in range(obj.batch_size)]
         prompts = self._prompts(obj, items)
         n = _common_n(prompts)
         _check_samples(obj, n, len(prompts))
@@ -104,14 +104,21 @@ class RequestBuilder:
 
     def _params(self, own: dict[str, Any] | None) -> tuple[SamplingParams, bool]:
         """Parameters over the server's preferred ones, and whether the client set max_new_tokens."""
-        data = own or {}
-        if self._preferred and isinstance(data, dict):
+        data = {} if own is None else own
+        if not isinstance(data, dict):
+            raise RequestError(f"sampling_params must be an object, got {own!r}.")
+        if self._preferred:
             data = {**self._preferred, **{k: v for k, v in data.items() if v is not None}}
         params = SamplingParams.from_dict(data)
         params.verify(self._model.vocab_size)
+        if params.json_schema or params.regex or params.ebnf or params.structural_tag:
+            raise RequestError(
+                "structured output is not supported yet: drop json_schema, regex, ebnf and structural_tag "
+                "(response_format and a forced tool_choice ask for them, too)."
+            )
         if self._tokenizer is None and (params.stop_strings or params.stop_patterns):
             raise RequestError("stop and stop_regex need a tokenizer, and the server runs with --skip-tokenizer-init.")
-        return params, own is not None and own.get("max_new_tokens") is not None
+        return params, (own or {}).get("max_new_tokens") is not None
 
     def _prompt(self, item: GenerateReqInput, params: tuple[SamplingParams, bool]) -> Prompt:
         if item.lora_path:

@@ -1,7 +1,7 @@
 """The back process: `python -m sglang.srt.managers.scheduler_process`, started by entrypoints/launcher.
 
-One JSON line on stdin says how to start (`BackStart`), and the end of stdin says that the front has gone, however it died.
-Exit code 0 after SIGTERM or the end of stdin, 1 after an error that `BackFailed` has reported.
+One JSON line on stdin says how to start (`BackStart`), and the end of stdin says that the front has gone, however it
+died. Exit code 0 after SIGTERM or the end of stdin, 1 after an error that `BackFailed` has reported.
 """
 
 from __future__ import annotations

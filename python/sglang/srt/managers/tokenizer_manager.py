@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import enum
 import logging
-import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol
 
@@ -233,10 +232,11 @@ class TokenizerManager:
         if self._flushing:
             return False, "Another flush_cache is already in progress."
         self._flushing = True
-        deadline = time.monotonic() + timeout
+        now = asyncio.get_running_loop().time
+        deadline = now() + timeout
         try:
             while not (reply := await self._control.flush_cache()).success:
-                remaining = deadline - time.monotonic()
+                remaining = deadline - now()
                 if remaining <= 0:
                     return False, f"Flush cache failed. {reply.message}".strip()
                 in_flight = self._lifecycle.in_flight()
@@ -303,7 +303,9 @@ class TokenizerManager:
                     self.stats = message.stats or self.stats
                     self._control.resolve(message)
                 elif isinstance(message, Ready):
-                    self.ready, self.status = message, ServerStatus.UP
+                    self.ready = message
+                    if self.status is ServerStatus.STARTING:
+                        self.status = ServerStatus.UP
                     self._settled.set()
                 else:
                     self.back_died(message.message)

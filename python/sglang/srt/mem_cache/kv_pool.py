@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +15,8 @@ class KVPool:
     Args:
         num_tokens: rows of each buffer (pages * page_size).
 
-    The buffers start as zeros, not as whatever memory held: attention masks rows it must not see, and a NaN survives a mask.
+    The buffers start as zeros, not as whatever memory held: attention masks rows it must not see, and a NaN survives
+    a mask.
     """
 
     def __init__(
@@ -25,8 +29,8 @@ class KVPool:
         device: torch.device,
     ) -> None:
         shape = (num_layers, num_tokens, num_kv_heads, head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.k = _zeros(shape, dtype, device)
+        self.v = _zeros(shape, dtype, device)
         self._layers = list(zip(self.k.unbind(0), self.v.unbind(0), strict=True))
 
     def layer(self, layer_id: int) -> tuple[Tensor, Tensor]:
@@ -37,6 +41,13 @@ class KVPool:
     def nbytes(self) -> int:
         """Size of both buffers."""
         return self.k.nbytes + self.v.nbytes
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU, memory that the system hands out when it is first written, so an idle pool costs nothing."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def kv_bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

@@ -1,7 +1,7 @@
 """Which KV pages are free. Owned by KVManager; nobody else allocates or frees.
 
-Invariant: a page is either free or in use by exactly one owner (a sequence or the prefix cache); freeing a free page is a
-programming error and raises.
+Invariant: a page is either free or in use by exactly one owner (a sequence or the prefix cache); freeing a free page
+is a programming error and raises.
 """
 
 from __future__ import annotations

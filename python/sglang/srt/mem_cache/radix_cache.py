@@ -1,8 +1,8 @@
 """Prefix cache: a radix tree of token sequences whose nodes own KV pages. Owned by KVManager.
 
 The key of a cached prefix is its namespace (weights version, client's extra key) and its tokens, so a new policy never
-reads the KV of an old one and no flush is needed. Everything is in whole pages: a prefix is matched and cached up to the
-last full page.
+reads the KV of an old one and no flush is needed. Everything is in whole pages: a prefix is matched and cached up to
+the last full page.
 
 Invariants:
 * a node's `locks` counts the sequences that use it, and is never smaller than that of any child;

@@ -22,7 +22,7 @@ from sglang.srt.mem_cache.kv_pool import KVPool, kv_bytes_per_token
 from sglang.srt.model_executor.forward_context import resolve_dtype
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.model_loader.loader import load_model
-from sglang.srt.platforms import Platform, get_platform
+from sglang.srt.platforms.platform import Platform, get_platform
 from sglang.srt.sampling.sampler import Sampler
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,8 @@ def build_engine(config: Config) -> Engine:
         device=platform.device,
         enable_cache=not memory.disable_radix_cache,
     )
-    attention = create_attention_backend(config.device.attention_backend, pool, kv.table, platform.device)
+    window = config.model.sliding_window
+    attention = create_attention_backend(config.device.attention_backend, pool, kv.table, platform.device, window)
     original = environ.SGLANG_RETURN_ORIGINAL_LOGPROB.get()
     sampler = Sampler(config.model.vocab_size, platform.device, return_original_logprob=original)
     runner = ModelRunner(model, attention, sampler, kv.table, schedule.max_running_requests, platform.device)
@@ -109,8 +110,9 @@ def _num_pages(config: Config, platform: Platform) -> int:
     tokens = memory.max_total_tokens or min(int(free * memory.mem_fraction_static) // _token_bytes(config), useful)
     pages = tokens // memory.page_size
     if pages * _token_bytes(config) * memory.page_size > free or pages < 2:
+        needed = tokens * _token_bytes(config) / GIB
         raise ConfigError(
-            f"a KV cache of {tokens} tokens needs {tokens * _token_bytes(config) / GIB:.2f} GiB, {free / GIB:.2f} GiB are free; "
+            f"a KV cache of {tokens} tokens needs {needed:.2f} GiB, {free / GIB:.2f} GiB are free; "
             "lower --max-total-tokens or raise --mem-fraction-static"
         )
     return pages

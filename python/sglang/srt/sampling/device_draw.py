@@ -39,9 +39,11 @@ def draw_filtered(weights: Weights, index: Tensor | None, uniforms: NDArray[np.f
     """As `host_draw.draw_filtered`, but sorts whole rows: how few tokens survive is not known on the host."""
     device = weights.sums.device
     rows = weights.rows if index is None else weights.rows[index]
+    logits = weights.logits if index is None else weights.logits[index]
     totals = weights.total if index is None else weights.total[index]
     top_k, top_p, min_p = filters.on_device[:, :, None].unbind(0)
-    values, ids = torch.sort(rows, dim=-1, descending=True, stable=True)
+    ids = torch.sort(logits, dim=-1, descending=True, stable=True).indices
+    values = rows.gather(1, ids)
     mass = (values.double() * UNIT).to(torch.int64)
     ends = mass.cumsum(-1)
     rank = torch.arange(values.shape[1], device=device)

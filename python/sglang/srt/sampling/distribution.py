@@ -60,11 +60,13 @@ class Weights:
     """exp((x - max x) / temperature) of S rows, in the workspace's memory: valid until its next use.
 
     Fields:
+        logits: float32 [S, V] they were made of: these rank the tokens, because weights round to equality earlier.
         values: float32 [S, N, BLOCK], 0 in the padding.
         sums: float32 [S, N]; mass: int64 [S, N], the same in units of 1 / UNIT; total: int64 [S].
         bad: bool [S], rows without a usable distribution (a NaN, or nothing above -inf).
     """
 
+    logits: Tensor
     values: Tensor
     sums: Tensor
     mass: Tensor
@@ -103,7 +105,7 @@ class Workspace:
         total = mass.sum(-1)
         log_total = total.double().div_(UNIT).log_().float()
         normalizer = Normalizer(shift.squeeze(1), temperature, log_total)
-        return Weights(values, sums, mass, total, bad.squeeze(1), normalizer, self.vocab_size)
+        return Weights(logits, values, sums, mass, total, bad.squeeze(1), normalizer, self.vocab_size)
 
     def _exponentiate(self, logits: Tensor, shift: Tensor, temperature: Tensor | None, values: Tensor) -> None:
         weights = values.flatten(1)[:, : self.vocab_size]

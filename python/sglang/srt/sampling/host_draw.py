@@ -49,14 +49,15 @@ def draw_filtered(weights: Weights, index: Tensor | None, uniforms: NDArray[np.f
 
     Sorts only the few tokens that may survive, row by row.
     """
-    rows, totals, bad = weights.rows.numpy(), weights.total.numpy(), weights.bad.numpy()
+    rows, logits, totals = weights.rows.numpy(), weights.logits.numpy(), weights.total.numpy()
+    bad = weights.bad.numpy()
     picked = range(len(uniforms)) if index is None else index.tolist()
     tokens = np.zeros(len(uniforms), np.int64)
     limits = filters.columns.T.tolist()
     for i, (row, u) in enumerate(zip(picked, uniforms.tolist(), strict=True)):
         if not bad[row]:
             top_k, top_p, min_p = limits[i]
-            tokens[i] = _draw_filtered_row(rows[row], int(totals[row]), u, int(top_k), top_p, min_p)
+            tokens[i] = _draw_filtered_row(rows[row], logits[row], int(totals[row]), u, int(top_k), top_p, min_p)
     return torch.from_numpy(tokens)
 
 
@@ -68,16 +69,29 @@ def argmax_rows(logits: Tensor) -> Tensor:
 def top_entries(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest logits of each row, equals by token id: (values float32 [S, n], ids int64 [S, n])."""
     count = min(count, logits.shape[1])
-    ids = torch.from_numpy(np.stack([_largest(row, -np.inf, count)[:count] for row in logits.numpy()]))
+    ids = torch.from_numpy(np.stack([_top_ids(row, count) for row in logits.numpy()]))
     return logits.gather(1, ids), ids
 
 
+def _top_ids(row: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    return _ranked(row, np.flatnonzero(~(row < _reached_by(row, count))))[:count]  # a NaN is below nothing
+
+
 def _draw_filtered_row(
-    weights: NDArray[np.float32], total: int, u: float, top_k: int, top_p: float, min_p: float
+    weights: NDArray[np.float32],
+    logits: NDArray[np.float32],
+    total: int,
+    u: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
 ) -> int:
     # All tokens below this weight hold less than half of 1 - top_p together, so the cut lies above it.
-    tail = 0.5 * (1.0 - top_p) * (total / UNIT) / len(weights)
-    ids = _largest(weights, max(tail, min_p), top_k)[:top_k]
+    floor = max(0.5 * (1.0 - top_p) * (total / UNIT) / len(weights), min_p)
+    if floor <= 0.0 or top_k <= len(weights) // BLOCK:
+        # The margin is for weights that rounding put in another order than their logits.
+        floor = max(floor, _reached_by(weights, top_k) * (1.0 - 1e-6))
+    ids = _ranked(logits, np.flatnonzero(weights >= np.float32(floor)))[:top_k]
     kept = weights[ids]
     mass = (kept.astype(np.float64) * UNIT).astype(np.int64)
     ends = mass.cumsum()
@@ -87,24 +101,26 @@ def _draw_filtered_row(
     return int(ids[ends.searchsorted(target, side="right")])
 
 
-def _largest(row: NDArray[np.float32], floor: float, count: int) -> NDArray[np.int64]:
-    """Ids of the tokens at or above `floor`, largest first, equals by id; at least the first `count` of them."""
+def _reached_by(row: NDArray[np.float32], count: int) -> float:
+    """A value that at least `count` entries reach: near the count-th largest, and quick to find for a small count."""
     size = len(row)
     groups = size // BLOCK
-    threshold = np.float32(floor)
-    if count <= groups:
-        # `count` groups of tokens reach this value, so at least `count` tokens do. (Any grouping would do; with this
-        # one numpy's maximum is fast.)
-        peaks = row[: groups * BLOCK].reshape(BLOCK, groups).max(0)
-        threshold = max(threshold, np.partition(peaks, groups - count)[groups - count])
-    elif count < size and floor <= 0.0:
-        threshold = max(threshold, np.partition(row, size - count)[size - count])
-    ids = np.flatnonzero(~(row < threshold))
-    bits: NDArray[Any] = (row[ids] + np.float32(0.0)).view(np.int32)  # + 0 makes -0 equal to 0
+    if count >= size:
+        return -np.inf
+    if count > groups:
+        return float(np.partition(row, size - count)[size - count])
+    # As many groups reach this value, so as many entries do. Any grouping would; with this one the maximum is fast.
+    peaks = row[: groups * BLOCK].reshape(BLOCK, groups).max(0)
+    return float(np.partition(peaks, groups - count)[groups - count])
+
+
+def _ranked(logits: NDArray[np.float32], ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`ids`, largest logit first, equals by id."""
+    bits: NDArray[Any] = (logits[ids] + np.float32(0.0)).view(np.int32)  # + 0 makes -0 equal to 0
     keys = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64) << 32) | (_LOW_BITS - ids)
     keys.sort()
-    ordered: NDArray[np.int64] = _LOW_BITS - (keys[::-1] & _LOW_BITS)
-    return ordered
+    ranked: NDArray[np.int64] = _LOW_BITS - (keys[::-1] & _LOW_BITS)
+    return ranked
 
 
 def _scaled(fractions: NDArray[np.float64], totals: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,0 +1,149 @@
+"""The decoder-only transformer that every model of this package is: blocks, topology and weight names from ModelConfig.
+
+A family is a subclass that names itself; what sets it apart (biases, q/k norms, window) is in the config.
+Shape legend: T tokens of a step, H hidden size, Hq query heads, Hkv KV heads, D head dimension, I MLP size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sglang.srt.config.model_config import ModelConfig
+from sglang.srt.layers.rotary import RotaryEmbedding
+from sglang.srt.model_executor.forward_context import ForwardContext
+from sglang.srt.models.weight_map import Cut, Target, WeightMap
+from sglang.srt.ops.activation import silu_and_mul
+from sglang.srt.ops.linear import linear
+from sglang.srt.ops.norm import fused_add_rms_norm, rms_norm
+from sglang.srt.ops.rope import rotate
+
+
+@dataclass(slots=True)
+class Layer:
+    """Weights of one block, q/k/v and gate/up each fused into one matrix; optional ones are None."""
+
+    input_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    out: Tensor
+    out_bias: Tensor | None
+    post_norm: Tensor
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+
+class DecoderForCausalLM:
+    """Implements forward_context.CausalLM.
+
+    Args:
+        config: the shape; `weight_map(config)` names the tensors it needs.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        self.config = config
+        self.weights = self.weight_map(config)
+        self.parameters = {
+            name: torch.empty(shape, dtype=dtype, device=device) for name, shape in self.weights.shapes().items()
+        }
+        self.rotary = RotaryEmbedding(config, dtype, device)
+        self.scale = config.head_dim**-0.5
+        get = self.parameters.get
+        names = Layer.__dataclass_fields__
+        self.layers = [Layer(*(get(f"layers.{i}.{n}") for n in names)) for i in range(config.num_hidden_layers)]  # type: ignore[arg-type]
+        self.embed_tokens = self.parameters["embed_tokens"]
+        self.norm = self.parameters["norm"]
+        self.lm_head = self.embed_tokens if config.tie_word_embeddings else self.parameters["lm_head"]
+
+    @staticmethod
+    def weight_map(config: ModelConfig) -> WeightMap:
+        """Checkpoint names of a model of this shape."""
+        return WeightMap(_targets(config), _ignored(config))
+
+    def forward(self, ctx: ForwardContext) -> Tensor:
+        """Hidden states after the final norm, [T, H]."""
+        eps = self.config.rms_norm_eps
+        cos, sin = self.rotary.angles(ctx.positions)
+        residual = self.embed_tokens[ctx.input_ids]
+        x = rms_norm(residual, self.layers[0].input_norm, eps)
+        for index, layer in enumerate(self.layers):
+            x = self._attention(layer, index, x, cos, sin, ctx)
+            x = fused_add_rms_norm(x, residual, layer.post_norm, eps)
+            x = silu_and_mul(linear(x, layer.gate_up, layer.gate_up_bias))
+            x = linear(x, layer.down, layer.down_bias)
+            following = self.layers[index + 1].input_norm if index + 1 < len(self.layers) else self.norm
+            x = fused_add_rms_norm(x, residual, following, eps)
+        return x
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """float32 logits [R, vocab_size] of `hidden` [R, H]."""
+        return linear(hidden, self.lm_head).float()
+
+    def _attention(self, layer: Layer, index: int, x: Tensor, cos: Tensor, sin: Tensor, ctx: ForwardContext) -> Tensor:
+        config = self.config
+        num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        qkv = linear(x, layer.qkv, layer.qkv_bias).view(len(x), num_heads + 2 * num_kv_heads, config.head_dim)
+        qk, v = qkv.split([num_heads + num_kv_heads, num_kv_heads], dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = qk.split([num_heads, num_kv_heads], dim=1)
+            eps = config.rms_norm_eps
+            qk = torch.cat([rms_norm(q, layer.q_norm, eps), rms_norm(k, layer.k_norm, eps)], dim=1)
+        q, k = rotate(qk, cos, sin).split([num_heads, num_kv_heads], dim=1)
+        return linear(ctx.attention.forward(q, k, v, index, self.scale), layer.out, layer.out_bias)
+
+
+def _targets(config: ModelConfig) -> dict[str, Target]:
+    hidden, vocab = config.hidden_size, config.vocab_size
+    targets = {
+        "model.embed_tokens.weight": Target("embed_tokens", 0, (vocab, hidden), Cut.COLUMN),
+        "model.norm.weight": Target("norm", 0, (hidden,), Cut.REPLICATED),
+    }
+    if not config.tie_word_embeddings:
+        targets["lm_head.weight"] = Target("lm_head", 0, (vocab, hidden), Cut.COLUMN)
+    for i in range(config.num_hidden_layers):
+        for name, target in _layer_targets(config).items():
+            parameter = f"layers.{i}.{target.parameter}"
+            targets[f"model.layers.{i}.{name}"] = Target(parameter, target.start, target.shape, target.cut)
+    return targets
+
+
+def _layer_targets(config: ModelConfig) -> dict[str, Target]:
+    hidden, mlp, dim = config.hidden_size, config.intermediate_size, config.head_dim
+    q, kv = config.num_attention_heads * dim, config.num_key_value_heads * dim
+    targets = {
+        "input_layernorm.weight": Target("input_norm", 0, (hidden,), Cut.REPLICATED),
+        "post_attention_layernorm.weight": Target("post_norm", 0, (hidden,), Cut.REPLICATED),
+        **_projection("self_attn.q_proj", "qkv", 0, (q, hidden), Cut.COLUMN, config.attention_bias),
+        **_projection("self_attn.k_proj", "qkv", q, (kv, hidden), Cut.COLUMN, config.attention_bias),
+        **_projection("self_attn.v_proj", "qkv", q + kv, (kv, hidden), Cut.COLUMN, config.attention_bias),
+        **_projection("self_attn.o_proj", "out", 0, (hidden, q), Cut.ROW, config.attention_out_bias),
+        **_projection("mlp.gate_proj", "gate_up", 0, (mlp, hidden), Cut.COLUMN, config.mlp_bias),
+        **_projection("mlp.up_proj", "gate_up", mlp, (mlp, hidden), Cut.COLUMN, config.mlp_bias),
+        **_projection("mlp.down_proj", "down", 0, (hidden, mlp), Cut.ROW, config.mlp_bias),
+    }
+    if config.qk_norm:
+        targets["self_attn.q_norm.weight"] = Target("q_norm", 0, (dim,), Cut.REPLICATED)
+        targets["self_attn.k_norm.weight"] = Target("k_norm", 0, (dim,), Cut.REPLICATED)
+    return targets
+
+
+def _projection(
+    name: str, parameter: str, start: int, shape: tuple[int, int], cut: Cut, bias: bool
+) -> dict[str, Target]:
+    targets = {f"{name}.weight": Target(parameter, start, shape, cut)}
+    if bias:
+        # A row-cut product is summed over ranks, so its bias belongs to one of them only.
+        bias_cut = Cut.COLUMN if cut is Cut.COLUMN else Cut.REPLICATED
+        targets[f"{name}.bias"] = Target(f"{parameter}_bias", start, shape[:1], bias_cut)
+    return targets
+
+
+def _ignored(config: ModelConfig) -> tuple[str, ...]:
+    """Names that checkpoints of these families hold although they follow from the config or from other tensors."""
+    return ("rotary_emb.inv_freq", *(("lm_head.weight",) if config.tie_word_embeddings else ()))
