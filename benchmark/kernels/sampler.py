@@ -47,15 +47,15 @@ def typical_logits(size: int, vocab_size: int) -> torch.Tensor:
 
 
 def make_rows(size: int, vocab_size: int, device: torch.device, case: str) -> list[SamplingRow]:
-    """A batch of one kind, each request with a prompt of 256 tokens."""
+    """A batch of one kind, each request with 256 tokens of output so far."""
     parameters, extras = CASES[case]
     parsed = SamplingParams.from_dict(parameters)
     rows = []
     for seed in range(size):
         spec = parsed.resolve(vocab_size=vocab_size, eos_ids=(2,), max_new_tokens=4096, seed=seed)
-        prompt = np.random.default_rng(seed).integers(vocab_size, size=256)
-        penalties = PenaltyState.create(spec, prompt, [], vocab_size, device)
-        rows.append(SamplingRow(spec, 0, penalties, **extras))
+        output = np.random.default_rng(seed).integers(vocab_size, size=256)
+        penalties = PenaltyState.create(spec, output, vocab_size, device)
+        rows.append(SamplingRow(spec, len(output), penalties, **extras))
     return rows
 
 

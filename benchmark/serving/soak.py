@@ -352,7 +352,11 @@ class Soak:
 
     async def _replay(self, case: Case, before: Any) -> None:
         body = {name: value for name, value in case.body.items() if name not in ("stream", "rid")}
-        now = (await asyncio.wait_for(fetch(self.url, "POST", case.target, body), REPLY_TIMEOUT)).json()
+        reply = await asyncio.wait_for(fetch(self.url, "POST", case.target, body), REPLY_TIMEOUT)
+        if reply.status != 200:
+            self.outcome.blame(f"case {case.index} repeated", [f"status {reply.status}: {reply.body[:200]!r}"])
+            return
+        now = reply.json()
         self.outcome.counts["replays"] += 1
         if now["output_ids"] != before["output_ids"] or now["text"] != before["text"]:
             ids = f"{before['output_ids']} then {now['output_ids']}"
@@ -371,7 +375,12 @@ def main() -> int:
     parser.add_argument("--allow-full-queue", action="store_true", help="503 is a proper answer")
     arguments = vars(parser.parse_args())
     started = time.perf_counter()
-    outcome = asyncio.run(_run(arguments))
+    url = arguments["url"]
+    try:
+        outcome = asyncio.run(_run(arguments))
+    except OSError as error:
+        print(f"error: no server at {url}: {error}", file=sys.stderr)
+        return 2
     line = {"benchmark": "soak", "wall_s": round(time.perf_counter() - started, 1), "seed": arguments["seed"]}
     print(json.dumps(line | {"counts": dict(sorted(outcome.counts.items())), "violations": outcome.violations[:50]}))
     return 1 if outcome.violations else 0

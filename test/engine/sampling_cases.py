@@ -24,7 +24,6 @@ class Case:
     logits: np.ndarray
     params: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
-    prompt: list[int] = field(default_factory=list)
     output: list[int] = field(default_factory=list)
     extras: dict[str, Any] = field(default_factory=dict)
 
@@ -33,7 +32,7 @@ class Case:
         return make_spec(len(self.logits), self.seed, **self.params)
 
     def row(self) -> SamplingRow:
-        penalties = PenaltyState.create(self.spec, self.prompt, self.output, len(self.logits), CPU)
+        penalties = PenaltyState.create(self.spec, self.output, len(self.logits), CPU)
         return SamplingRow(self.spec, len(self.output), penalties, **self.extras)
 
 
@@ -77,7 +76,7 @@ def penalized(case: Case) -> np.ndarray:
         for _ in range(case.output.count(token)):
             x[token] -= np.float32(spec.frequency_penalty)
     factor = np.float32(spec.repetition_penalty)
-    for token in {*case.prompt, *case.output}:
+    for token in set(case.output):
         x[token] = x[token] * factor if x[token] < 0 else x[token] / factor
     for token, bias in spec.logit_bias.items():
         x[token] += np.float32(bias)
@@ -167,7 +166,6 @@ def random_case(rng: np.random.Generator, vocab_size: int) -> Case:
         logits=random_logits(rng, vocab_size),
         params=random_params(rng, vocab_size),
         seed=int(rng.integers(2**63)),
-        prompt=rng.integers(vocab_size, size=rng.integers(8)).tolist(),
         output=rng.integers(vocab_size, size=rng.integers(6)).tolist(),
         extras={
             "return_logprob": bool(rng.random() < 0.5),

@@ -24,10 +24,10 @@ PENALTIES: list[dict[str, Any]] = [
 
 
 def test_penalties_through_a_generation_and_after_a_retraction() -> None:
-    vocab_size, prompt = 40, [3, 3, 5, 9]
+    vocab_size = 40
     rng = np.random.default_rng(4)
     cases = [
-        Case(np.empty(0), params, seed, prompt, [], {"return_logprob": True, "top_logprobs_num": vocab_size})
+        Case(np.empty(0), params, seed, [], {"return_logprob": True, "top_logprobs_num": vocab_size})
         for seed, params in enumerate(PENALTIES)
     ]
     for case in cases:
@@ -69,4 +69,4 @@ def test_only_rows_with_penalties_change() -> None:
 
 @pytest.mark.parametrize("params", [{}, {"top_p": 0.5, "temperature": 0.1}, {"min_new_tokens": 4, "ignore_eos": True}])
 def test_a_spec_without_penalties_has_no_state(params: dict[str, Any]) -> None:
-    assert PenaltyState.create(make_spec(10, **params), [1], [2], 10, CPU) is None
+    assert PenaltyState.create(make_spec(10, **params), [2], 10, CPU) is None

@@ -16,6 +16,7 @@ from sglang.srt.config.sections import ScheduleSection
 from sglang.srt.managers.batch import Segment, StepPlan, build_step, plan_decode, plan_segment
 from sglang.srt.managers.request import Request, Stage
 from sglang.srt.mem_cache.kv_manager import KVManager
+from sglang.srt.mem_cache.radix_cache import Match
 
 LPM_MAX_QUEUE = 128
 """Beyond this many waiting requests, sorting them by matched prefix costs more than it saves: first come, first served."""
@@ -25,6 +26,9 @@ ESTIMATE_CLIP = 4096
 """Output tokens of one request that the memory estimate counts at most."""
 START_RATIO, MIN_RATIO, RATIO_STEPS = 0.7, 0.1, 600
 """Share of the remaining output budget set aside per running request: falls from the first to the second in so many steps."""
+
+PrefixKey = tuple[int, bytes]
+"""A cached prefix (its node) and the next DEDUPE_TOKENS tokens after it."""
 
 
 class Planner:
@@ -145,7 +149,7 @@ class Planner:
             budget = min(budget, self.schedule.chunked_prefill_size)
         budget -= num_decodes
         segments: list[Segment] = []
-        in_progress: set[tuple[int, bytes]] = set()
+        in_progress: set[PrefixKey] = set()
         if self.partial is not None:
             in_progress.add(self._next_tokens(self.partial))
             segment = self._extend(self.partial, budget)
@@ -156,14 +160,18 @@ class Planner:
         for request in self._ordered_queue():
             if budget <= 0 or not self.kv.table.num_free:
                 break
-            outcome = self._admit(request, budget, segments, in_progress)
-            if outcome is None:
+            match = self._match(request)
+            key = self._new_tokens(request, match)
+            if key in in_progress:
+                continue
+            segment = self._admit(request, match, budget, segments)
+            if segment is None:
                 break
-            if outcome:
-                segments.append(outcome)
-                budget -= outcome.end - outcome.start
-                if outcome.end < request.num_known:
-                    break
+            segments.append(segment)
+            in_progress.add(key)
+            budget -= segment.end - segment.start
+            if segment.end < request.num_known:
+                break
         if segments:
             self.waiting = [r for r in self.waiting if r.stage is Stage.WAITING]
         return segments
@@ -177,7 +185,7 @@ class Planner:
             queue = sorted(queue, key=lambda r: -r.priority)
         return list(queue)
 
-    def _match(self, request: Request):  # type: ignore[no-untyped-def]
+    def _match(self, request: Request) -> Match:
         return self.kv.match(request.namespace, request.known_tokens[: request.match_limit])
 
     def _extend(self, request: Request, budget: int) -> Segment | None:
@@ -188,15 +196,9 @@ class Planner:
             return None
         return plan_segment(request, end)
 
-    def _admit(
-        self, request: Request, budget: int, segments: list[Segment], in_progress: set[tuple[int, bytes]]
-    ) -> Segment | bool | None:
-        """Start a waiting request: its first chunk; False to skip it this step; None to admit nothing more."""
-        match = self._match(request)
+    def _admit(self, request: Request, match: Match, budget: int, segments: list[Segment]) -> Segment | None:
+        """Start a waiting request with its first chunk; None when there is no room for it yet."""
         matched = len(match.pages) * self.kv.page_size
-        key = (id(match.node), request.known_tokens[matched : matched + DEDUPE_TOKENS].tobytes())
-        if self.kv.cache.enabled and request.num_known - matched > DEDUPE_TOKENS and key in in_progress:
-            return False
         end = self._chunk_end(request, matched, budget, alone=not segments)
         if end is None:
             return None
@@ -207,7 +209,6 @@ class Planner:
             self._close(request)
             request.num_computed = 0
             return None
-        in_progress.add(key)
         request.stage = Stage.PREFILLING
         if not request.num_retractions:
             request.cached_tokens = matched
@@ -237,8 +238,15 @@ class Planner:
         prompt = max(0, request.num_known - request.kv.num_pages * self.kv.page_size)
         return prompt + min(max(request.remaining_outputs, 0), ESTIMATE_CLIP) * self._ratio + self.kv.page_size
 
-    def _next_tokens(self, request: Request) -> tuple[int, bytes]:
-        """Key of the tokens a partial request computes next, comparable with what a waiting request would."""
+    def _next_tokens(self, request: Request) -> PrefixKey:
+        """What a partial request computes next."""
         assert request.kv is not None
         start = request.kv.num_shared * self.kv.page_size
         return id(request.kv.node), request.known_tokens[start : start + DEDUPE_TOKENS].tobytes()
+
+    def _new_tokens(self, request: Request, match: Match) -> PrefixKey:
+        """What a waiting request would compute next; nothing equals it when that is too short to be worth a wait."""
+        start = len(match.pages) * self.kv.page_size
+        if not self.kv.cache.enabled or request.num_known - start <= DEDUPE_TOKENS:
+            return request.req_id, b""
+        return id(match.node), request.known_tokens[start : start + DEDUPE_TOKENS].tobytes()

@@ -130,7 +130,7 @@ class Request:
 
     def create_penalties(self, vocab_size: int, device: torch.device) -> None:
         """(Re)build the penalty counts from the tokens known on the host."""
-        self.sampling.penalties = PenaltyState.create(self.sampling.spec, self.prompt, self.output, vocab_size, device)
+        self.sampling.penalties = PenaltyState.create(self.sampling.spec, self.output, vocab_size, device)
 
     def retract(self) -> None:
         """Back to the queue: forget what was computed, keep what was generated."""

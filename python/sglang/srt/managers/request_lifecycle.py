@@ -166,20 +166,13 @@ class RequestLifecycle:
         record.weight_version = self._weight_version()
         self.rids.discard(record)
         if record.log_metrics:
-            self._count(record, aborted=finish is Finish.ABORT)
+            self.counters.count(record, aborted=finish is Finish.ABORT)
+            if self._metrics is not None:
+                self._metrics.finished(record, record.finished_at - record.created_at)
         error = None if record.group.stream else abort_error(reason)
         if error is not None:
             record.group.fail(error)
         record.group.completed(record)
-
-    def _count(self, record: RequestRecord, *, aborted: bool) -> None:
-        counters = self.counters
-        counters.requests_total += 1
-        counters.aborted_total += aborted
-        counters.prompt_tokens_total += record.prompt_tokens
-        counters.cached_tokens_total += record.cached_tokens
-        if self._metrics is not None:
-            self._metrics.finished(record, record.finished_at - record.created_at)
 
     def _close(self, record: RequestRecord) -> None:
         """The end of a record: the one place that gives back what it holds."""

@@ -77,6 +77,13 @@ class FrontCounters:
     late_rows: int = 0
     double_closes: int = 0
 
+    def count(self, record: RequestRecord, *, aborted: bool) -> None:
+        """Add a sequence that has ended."""
+        self.requests_total += 1
+        self.aborted_total += aborted
+        self.prompt_tokens_total += record.prompt_tokens
+        self.cached_tokens_total += record.cached_tokens
+
 
 @dataclass(slots=True)
 class LogprobExtras:

@@ -1,7 +1,8 @@
 """Slots of the sequences in memory and the page table attention reads. Owned by KVManager.
 
 Host side is the truth; the device copy is brought up to date by `flush`, one packed copy a step. On CPU both are the
-same memory. Invariant: a slot has at most one sequence; entries beyond a sequence's pages are stale but valid page numbers.
+same memory. Invariant: a slot has at most one sequence; entries beyond a sequence's pages are stale but
+valid page numbers.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Runs steps on the device: owns the model, the KV pool, attention, the sampler and the tokens drawn last.
 
-Called by the scheduler only. `launch` queues a step and returns at once on an accelerator; `StepResult.read` waits for it.
-The token a sequence drew last stays on the device in `_last_tokens[slot]`, so the next step can be launched before
+Called by the scheduler only. `launch` queues a step and returns at once on an accelerator; `StepResult.read` waits for
+it. The token a sequence drew last stays on the device in `_last_tokens[slot]`, so the next step can be launched before
 anybody has read it.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -113,8 +114,10 @@ class ModelRunner:
         scores = [self._score(hidden, wanted) for wanted in step.scores]
         sample = self._sample(hidden, rows, step)
         # Queued now, so that reading them does not wait for a step launched later.
-        for output in (*([sample] if sample else []), *(part for parts in scores for part in parts)):
-            output.start_copy()
+        if sample is not None:
+            sample.start_copy()
+        for part in itertools.chain.from_iterable(scores):
+            part.start_copy()
         return StepResult(sample, scores)
 
     def _upload(self, step: StepInput) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Causal attention over paged KV, the torch reference.
 
-Shape legend: B sequences, Q new tokens of one sequence, L tokens attended to, Hq query heads, Hkv KV heads, G = Hq / Hkv,
-D head dimension, N rows of the KV pool.
+Shape legend: B sequences, Q new tokens of one sequence, L tokens attended to, Hq query heads, Hkv KV heads,
+G = Hq / Hkv, D head dimension, N rows of the KV pool.
 """
 
 from __future__ import annotations

@@ -2,12 +2,13 @@
 ban on stop tokens before min_new_tokens.
 
 Called by `sampler`; the scheduler creates a `PenaltyState` with the request, drops it with the request, and creates it
-again from prompt and output when a retracted request comes back. Rows without a state cost nothing.
+again from the output when a retracted request comes back. Rows without a state cost nothing.
 Only tokens that occurred are touched (a few hundred numbers, not V), for all rows of the batch in one go, and new
 tokens are recorded on the device, so the host never waits for them.
-Order, as in stock SGLang: presence and frequency, then repetition, then bias, then the ban.
-Invariant: a state holds the prompt's part, the outputs it was created with, and one token per `record_tokens` call; the
-host knows how many without asking the device.
+Order, as in stock SGLang: presence and frequency, then repetition, then bias, then the ban; and as there, all three
+penalties look at generated tokens only (Hugging Face's repetition penalty counts the prompt too).
+Invariant: a state holds the outputs it was created with, and one token per `record_tokens` call; the host knows how
+many without asking the device.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from sglang.srt.sampling.transfer import to_device
 
 
 class PenaltyState:
-    """Tokens one request has seen, and its additions to the logits; all tensors on the device.
+    """Tokens one request has generated, and its additions to the logits; all tensors on the device.
 
     Attributes:
         bias: (ids int64, values float32) of logit_bias, or None.
         stop_ids: int64 ids banned while fewer than min_new_tokens have been generated, or None.
     """
 
-    def __init__(self, spec: SamplingSpec, seen: Tensor, first_output: int) -> None:
+    def __init__(self, spec: SamplingSpec, outputs: Tensor) -> None:
         self.frequency = spec.frequency_penalty
         self.presence = spec.presence_penalty
         self.repetition = spec.repetition_penalty
@@ -40,19 +41,17 @@ class PenaltyState:
         self.bias: tuple[Tensor, Tensor] | None = None
         self.stop_ids: Tensor | None = None
         if spec.logit_bias:
-            ids = to_device(np.fromiter(spec.logit_bias.keys(), np.int64), seen.device)
-            self.bias = ids, to_device(np.fromiter(spec.logit_bias.values(), np.float32), seen.device)
+            ids = to_device(np.fromiter(spec.logit_bias.keys(), np.int64), outputs.device)
+            self.bias = ids, to_device(np.fromiter(spec.logit_bias.values(), np.float32), outputs.device)
         if spec.min_new_tokens and spec.stop_token_ids:
-            self.stop_ids = to_device(np.asarray(spec.stop_token_ids, np.int64), seen.device)
-        self._ids = seen
-        self._first_output = first_output
-        self._size = len(seen)
+            self.stop_ids = to_device(np.asarray(spec.stop_token_ids, np.int64), outputs.device)
+        self._ids = outputs
+        self._size = len(outputs)
 
     @classmethod
     def create(
         cls,
         spec: SamplingSpec,
-        prompt_ids: Sequence[int] | NDArray[np.integer[Any]],
         output_ids: Sequence[int] | NDArray[np.integer[Any]],
         vocab_size: int,
         device: torch.device,
@@ -60,16 +59,14 @@ class PenaltyState:
         """The state of a request that has generated `output_ids` so far; None when its spec leaves logits as they are.
 
         Args:
-            prompt_ids, output_ids: on the host.
+            output_ids: on the host.
             vocab_size: V; every id is below it.
         """
         counts = spec.frequency_penalty != 0.0 or spec.presence_penalty != 0.0 or spec.repetition_penalty != 1.0
         if not (counts or spec.logit_bias or (spec.min_new_tokens and spec.stop_token_ids)):
             return None
         assert all(token < vocab_size for token in spec.logit_bias), "logit_bias id beyond the vocabulary"
-        prompt = np.unique(prompt_ids) if spec.repetition_penalty != 1.0 else np.empty(0)
-        seen = np.concatenate([prompt.astype(np.int64), np.asarray(output_ids, np.int64)])
-        return cls(spec, to_device(seen, device), len(prompt))
+        return cls(spec, to_device(np.asarray(output_ids, np.int64), device))
 
     @property
     def counts_outputs(self) -> bool:
@@ -82,14 +79,9 @@ class PenaltyState:
         return self.counts_outputs or self.repetition != 1.0
 
     @property
-    def seen(self) -> Tensor:
-        """int64 ids of prompt (with a repetition penalty) and output, duplicates possible."""
-        return self._ids[: self._size]
-
-    @property
     def outputs(self) -> Tensor:
         """int64 generated ids in order."""
-        return self._ids[self._first_output : self._size]
+        return self._ids[: self._size]
 
     def next_slot(self) -> Tensor:
         """int64 scalar view to copy the next token into; the state counts it as seen from now on."""
@@ -110,7 +102,7 @@ def apply_penalties(logits: Tensor, entries: Sequence[Entry]) -> None:
     assert logits.is_contiguous(), "logits must be contiguous"
     flat, width = logits.view(-1), logits.shape[1]
     _penalize_outputs(flat, width, [e for e in entries if e[2].counts_outputs and len(e[2].outputs)])
-    _penalize_repetition(flat, width, [e for e in entries if e[2].repetition != 1.0 and len(e[2].seen)])
+    _penalize_repetition(flat, width, [e for e in entries if e[2].repetition != 1.0 and len(e[2].outputs)])
     biased = [(row, bias) for row, _, state in entries if (bias := state.bias) is not None]
     if biased:
         index = _flat_index([(row, ids) for row, (ids, _) in biased], width)
@@ -142,8 +134,8 @@ def _penalize_outputs(flat: Tensor, width: int, entries: list[Entry]) -> None:
 def _penalize_repetition(flat: Tensor, width: int, entries: list[Entry]) -> None:
     if not entries:
         return
-    index = _flat_index([(row, state.seen) for row, _, state in entries], width)
-    spread = _spreader(flat.device, [len(state.seen) for _, _, state in entries])
+    index = _flat_index([(row, state.outputs) for row, _, state in entries], width)
+    spread = _spreader(flat.device, [len(state.outputs) for _, _, state in entries])
     factor = spread([state.repetition for _, _, state in entries])
     before = flat[index]
     flat.scatter_(0, index, torch.where(before < 0.0, before * factor, before / factor))

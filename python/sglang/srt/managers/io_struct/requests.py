@@ -88,7 +88,7 @@ class GenerateReqInput(msgspec.Struct, kw_only=True, dict=True):
             for i, ids in enumerate(self.input_ids):
                 if not isinstance(ids, list):
                     raise RequestError(f"input_ids[{i}] is {ids!r}: a batch holds one list of ids per prompt.")
-        elif self.input_ids is not None and any(isinstance(i, list) for i in self.input_ids):
+        elif self.input_ids is not None and list in set(map(type, self.input_ids)):
             raise RequestError("input_ids mixes ids and lists; send a flat list, or one list per prompt.")
         if self.batch_size == 0:
             raise RequestError("The batch is empty; send at least one prompt.")
