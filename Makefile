@@ -49,7 +49,7 @@ serve: venv
 	@echo "==> starting $(MODEL) on port $(PORT); Ctrl-C stops it. When it is ready, in another terminal:"
 	@echo
 	@echo "  curl http://$(HOST):$(PORT)/v1/chat/completions -H 'Content-Type: application/json' \\"
-	@echo "    -d '{\"model\": \"$(MODEL)\", \"messages\": [{\"role\": \"user\", \"content\": \"What is the capital of France?\"}]}'"
+	@echo "    -d '{\"model\": \"$(MODEL)\", \"temperature\": 0, \"messages\": [{\"role\": \"user\", \"content\": \"What is the capital of France?\"}]}'"
 	@echo
 	@exec $(BIN)/python -m sglang.launch_server --model-path $(MODEL) --host $(HOST) --port $(PORT) --device auto $(ARGS)
 

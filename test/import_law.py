@@ -99,12 +99,19 @@ ONLY: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Import:
-    """One import of one module: `target` is a dotted name, `typing_only` when it stands under TYPE_CHECKING."""
+    """One import of one module.
+
+    Attributes:
+        target: dotted name.
+        typing_only: it stands under TYPE_CHECKING.
+        lazy: it stands inside a function.
+    """
 
     importer: str
     target: str
     line: int
-    typing_only: bool
+    typing_only: bool = False
+    lazy: bool = False
 
 
 def modules() -> dict[str, Path]:
@@ -131,18 +138,16 @@ def imports_of(module: str, path: Path, known: dict[str, Path]) -> list[Import]:
     """Every import of a file, those inside functions and by literal name through importlib included."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    typing_only = {id(node) for branch in _typing_branches(tree) for node in ast.walk(branch)}
-    found = []
-    for node in ast.walk(tree):
-        for target in _targets(node, package, known):
-            found.append(Import(module, target, node.lineno, id(node) in typing_only))
-    return found
-
-
-def _typing_branches(tree: ast.Module) -> Iterator[ast.stmt]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            yield from node.body
+    nodes = list(ast.walk(tree))
+    branches = [n for n in nodes if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
+    typing_only = {id(inner) for branch in branches for n in branch.body for inner in ast.walk(n)}
+    functions = [n for n in nodes if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    lazy = {id(inner) for function in functions for inner in ast.walk(function)}
+    return [
+        Import(module, target, node.lineno, typing_only=id(node) in typing_only, lazy=id(node) in lazy)
+        for node in nodes
+        for target in _targets(node, package, known)
+    ]
 
 
 def _targets(node: ast.AST, package: str, known: dict[str, Path]) -> Iterator[str]:

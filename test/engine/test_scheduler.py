@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from fake_runner import VOCAB, Bench, expected
+from engine.fake_runner import VOCAB, Bench, expected
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule

@@ -15,7 +15,7 @@ from server_process import PACKAGE_ROOT, ServerProcess, child_environment
 from tiny_model import make_tiny_model
 
 SOAK = PACKAGE_ROOT.parent / "benchmark" / "serving" / "soak.py"
-REQUESTS = 240
+REQUESTS = 400
 
 
 @pytest.mark.slow

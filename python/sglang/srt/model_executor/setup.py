@@ -15,7 +15,7 @@ import torch
 from sglang.srt import environ
 from sglang.srt.config.sections import Config
 from sglang.srt.errors import ConfigError
-from sglang.srt.layers.attention import create_attention_backend
+from sglang.srt.layers.attention.factory import create_attention_backend
 from sglang.srt.managers.io_struct.wire import Ready
 from sglang.srt.mem_cache.kv_manager import KVManager
 from sglang.srt.mem_cache.kv_pool import KVPool, kv_bytes_per_token

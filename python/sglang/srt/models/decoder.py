@@ -6,6 +6,7 @@ Shape legend: T tokens of a step, H hidden size, Hq query heads, Hkv KV heads, D
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,9 @@ from sglang.srt.ops.activation import silu_and_mul
 from sglang.srt.ops.linear import linear
 from sglang.srt.ops.norm import fused_add_rms_norm, rms_norm
 from sglang.srt.ops.rope import rotate
+from sglang.srt.platforms.platform import allocate_weights
+
+_ALIGNMENT = 64
 
 
 @dataclass(slots=True)
@@ -49,9 +53,7 @@ class DecoderForCausalLM:
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.config = config
         self.weights = self.weight_map(config)
-        self.parameters = {
-            name: torch.empty(shape, dtype=dtype, device=device) for name, shape in self.weights.shapes().items()
-        }
+        self.parameters = _allocate(self.weights.shapes(), dtype, device)
         self.rotary = RotaryEmbedding(config, dtype, device)
         self.scale = config.head_dim**-0.5
         get = self.parameters.get
@@ -83,12 +85,13 @@ class DecoderForCausalLM:
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """float32 logits [R, vocab_size] of `hidden` [R, H]."""
-        return linear(hidden, self.lm_head).float()
+        return linear(hidden, self.lm_head).contiguous().float()
 
     def _attention(self, layer: Layer, index: int, x: Tensor, cos: Tensor, sin: Tensor, ctx: ForwardContext) -> Tensor:
         config = self.config
         num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        qkv = linear(x, layer.qkv, layer.qkv_bias).view(len(x), num_heads + 2 * num_kv_heads, config.head_dim)
+        qkv = linear(x, layer.qkv, layer.qkv_bias).contiguous()
+        qkv = qkv.view(len(x), num_heads + 2 * num_kv_heads, config.head_dim)
         qk, v = qkv.split([num_heads + num_kv_heads, num_kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = qk.split([num_heads, num_kv_heads], dim=1)
@@ -96,6 +99,15 @@ class DecoderForCausalLM:
             qk = torch.cat([rms_norm(q, layer.q_norm, eps), rms_norm(k, layer.k_norm, eps)], dim=1)
         q, k = rotate(qk, cos, sin).split([num_heads, num_kv_heads], dim=1)
         return linear(ctx.attention.forward(q, k, v, index, self.scale), layer.out, layer.out_bias)
+
+
+def _allocate(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Every parameter, a view of one allocation; each starts at a multiple of _ALIGNMENT elements."""
+    sizes = [-(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT for shape in shapes.values()]
+    pieces = allocate_weights(sum(sizes), dtype, device).split(sizes)
+    return {
+        name: piece[: math.prod(shape)].view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
+    }
 
 
 def _targets(config: ModelConfig) -> dict[str, Target]:

@@ -1,18 +1,47 @@
-"""Dense projections."""
+"""Dense projections.
+
+On a CPU the product is cut along its outputs. MKL's float32 GEMM of a few rows with a row-major weight stays far below
+memory speed; as a batch of narrow products over the same, unpacked weight it took 0.6 of the time at 4 to 64 rows, and
+from 128 rows on saves little (two-core AVX-512 Xeon, one thread; `benchmark/kernels/cpu_decode.py`).
+"""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sglang.srt.ops.op import Op
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+_BLOCK = 32
+_MIN_ROWS, _MAX_DOT_ROWS, _MAX_ROWS = 4, 8, 128
+
+
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight^T + bias.
 
     Args:
         x: [T, I]; weight: [O, I]; bias: [O].
 
     Returns:
-        [T, O]
+        [T, O]; a kernel may return it with strides (1, T), so whoever takes views of it makes it contiguous first.
     """
     return F.linear(x, weight, bias)
+
+
+def _linear_mkl(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    rows, (outputs, inputs) = x.shape[0], weight.shape
+    if not _MIN_ROWS <= rows <= _MAX_ROWS or outputs % _BLOCK or weight.dtype != torch.float32:
+        return F.linear(x, weight, bias)
+    blocks = weight.view(-1, _BLOCK, inputs)
+    if rows <= _MAX_DOT_ROWS:
+        parts = torch.bmm(x.expand(len(blocks), rows, inputs), blocks.transpose(1, 2))
+        y = parts.transpose(0, 1).reshape(rows, outputs)
+    else:
+        # Column by column on both sides: the next product takes this layout without a copy.
+        columns = x.t().contiguous().expand(len(blocks), inputs, rows)
+        y = torch.bmm(blocks, columns).view(outputs, rows).t()
+    return y if bias is None else y.add_(bias)
+
+
+linear = Op(linear_reference, {"cpu": _linear_mkl} if torch.backends.mkl.is_available() else {})
