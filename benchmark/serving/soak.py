@@ -57,6 +57,7 @@ class Soak:
         concurrency: clients at once.
         control_every: cases between two control operations.
         allow_full_queue: 503 is a proper answer (the server limits its queue).
+        timeout: seconds until a missing reply counts as a hang.
     """
 
     def __init__(
@@ -69,10 +70,11 @@ class Soak:
         control_every: int = 20,
         allow_full_queue: bool = False,
         max_new_tokens: int = 96,
+        timeout: float = REPLY_TIMEOUT,
     ) -> None:
         self.url, self.requests, self.concurrency = url, requests, concurrency
         self.control_every, self.allow_full_queue = control_every, allow_full_queue
-        self.seed, self.max_new_tokens = seed, max_new_tokens
+        self.seed, self.max_new_tokens, self.timeout = seed, max_new_tokens, timeout
         self.outcome = Outcome()
         self._sent = 0
         self._progress = asyncio.Event()
@@ -115,9 +117,9 @@ class Soak:
         started = time.perf_counter()
         where = f"case {case.index} {case.kind.value} {case.fate.value}{' stream' if case.stream else ''}"
         try:
-            problems = await asyncio.wait_for(self._exchange(case, started), REPLY_TIMEOUT)
+            problems = await asyncio.wait_for(self._exchange(case, started), self.timeout)
         except asyncio.TimeoutError:
-            problems = [f"no complete reply in {REPLY_TIMEOUT:.0f} s"]
+            problems = [f"no complete reply in {self.timeout:.0f} s"]
         except (OSError, HttpProtocolError, ValueError, KeyError, TypeError) as error:
             problems = [f"{type(error).__name__}: {error}"]
         if problems:
@@ -352,7 +354,7 @@ class Soak:
 
     async def _replay(self, case: Case, before: Any) -> None:
         body = {name: value for name, value in case.body.items() if name not in ("stream", "rid")}
-        reply = await asyncio.wait_for(fetch(self.url, "POST", case.target, body), REPLY_TIMEOUT)
+        reply = await asyncio.wait_for(fetch(self.url, "POST", case.target, body), self.timeout)
         if reply.status != 200:
             self.outcome.blame(f"case {case.index} repeated", [f"status {reply.status}: {reply.body[:200]!r}"])
             return
@@ -372,6 +374,7 @@ def main() -> int:
     parser.add_argument("--control-every", type=int, default=20, help="cases between operations (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=96, help="longest output (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--timeout", type=float, default=REPLY_TIMEOUT, help="seconds to a whole reply (default: 120)")
     parser.add_argument("--allow-full-queue", action="store_true", help="503 is a proper answer")
     arguments = vars(parser.parse_args())
     started = time.perf_counter()

@@ -11,8 +11,10 @@ import psutil
 import pytest
 from compat.waiting import until
 from server_process import child_environment
+from tiny_model import make_tiny_model
 
 import sglang
+from sglang.srt.errors import ServiceUnavailableError
 from sglang.srt.managers.io_struct import PauseGenerationReqInput
 from sglang.srt.managers.io_struct.wire import PauseMode
 
@@ -147,10 +149,8 @@ def test_an_interpreter_that_just_ends_leaves_nothing(tiny_model):
     assert not psutil.pid_exists(int(run.stdout))
 
 
-def test_a_model_that_cannot_be_loaded_raises(tiny_model, tmp_path):
-    from tiny_model import make_tiny_model
-
+def test_a_model_that_cannot_be_loaded_raises(tmp_path):
     model = make_tiny_model(tmp_path / "broken")
     (model / "model.safetensors").write_bytes(b"not a checkpoint")
-    with pytest.raises(sglang.srt.errors.ServiceUnavailableError):
+    with pytest.raises(ServiceUnavailableError, match=r"model\.safetensors"):
         sglang.Engine(model_path=str(model))

@@ -213,7 +213,7 @@ def test_sigterm_lets_live_requests_end(tiny_model, monkeypatch):
         httpx.Client(base_url=server.url, timeout=60) as client,
         ThreadPoolExecutor() as pool,
     ):
-        live = pool.submit(post, client, sampling_params={**ENDLESS, "max_new_tokens": 3000})
+        live = pool.submit(post, client, sampling_params={**ENDLESS, "max_new_tokens": 800})
         until(lambda: loads(client) == (1, 0))
         children = psutil.Process(server.process.pid).children(recursive=True)
         server.process.send_signal(signal.SIGTERM)
@@ -221,7 +221,7 @@ def test_sigterm_lets_live_requests_end(tiny_model, monkeypatch):
         refused = post(client, sampling_params=SHORT)
         assert (refused.status_code, refused.json()["code"]) == (503, 503)
         reply = live.result(timeout=60).json()
-        assert reply["meta_info"]["finish_reason"] == {"type": "length", "length": 3000}
+        assert reply["meta_info"]["finish_reason"] == {"type": "length", "length": 800}
         assert server.process.wait(30) == 0
         assert psutil.wait_procs(children, timeout=5)[1] == []
 

@@ -91,9 +91,7 @@ class Harness:
             config.num_hidden_layers, capacity, config.num_key_value_heads, config.head_dim, dtype, device
         )
         self.table = PageTable(slots, -(-max_len // page_size), page_size, num_pages, device)
-        self.attention = create_attention_backend(
-            "torch_native", self.pool, self.table, device, config.sliding_window
-        )
+        self.attention = create_attention_backend("torch_native", self.pool, self.table, device, config.sliding_window)
         self._slots = 0
 
     def open(self) -> SequenceState:

@@ -194,7 +194,9 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def check_mode(path: Path, model: torch.nn.Module, mode: str, *, atol: float, greedy: bool = True, **flags: Any) -> None:
+def check_mode(
+    path: Path, model: torch.nn.Module, mode: str, *, atol: float, greedy: bool = True, **flags: Any
+) -> None:
     """Serve a mixed load in one mode and compare all of it."""
     rng = np.random.default_rng(3)
     bench = RealBench(path, max_running_requests=6, **{**MODES[mode], **flags})

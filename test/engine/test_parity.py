@@ -10,7 +10,9 @@ from engine.parity_bench import FAMILIES, MODES, check_mode, make_checkpoint
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn.Module]:
+def checkpoint(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, torch.nn.Module]:
     path = tmp_path_factory.mktemp(request.param)
     return path, make_checkpoint(request.param, path)
 

@@ -15,7 +15,9 @@ BF16_ATOL = 0.25
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn.Module]:
+def checkpoint(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, torch.nn.Module]:
     path = tmp_path_factory.mktemp(request.param)
     return path, make_checkpoint(request.param, path).cuda()
 

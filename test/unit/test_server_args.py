@@ -161,7 +161,7 @@ def test_help_says_what_becomes_of_flags(capsys: pytest.CaptureFixture[str]):
     text = " ".join(capsys.readouterr().out.split())
     assert "--schedule-policy SCHEDULE_POLICY order of the queue" in text
     assert "--cpu-offload-gb CPU_OFFLOAD_GB ignored: " in text
-    assert "--enable-http2 not supported: " in text
+    assert "--enable-http2 refused: " in text
 
 
 def non_default(field: dataclasses.Field[Any], parsed: Any) -> list[str]:

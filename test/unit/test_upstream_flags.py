@@ -64,7 +64,7 @@ def test_defaults_pass_in_silence():
 def test_an_ignored_flag_warns_in_one_line(name: str):
     lines = review(args_with(**{name: other_value(name)}))
     assert len(lines) == 1
-    assert lines[0].startswith("--" + name.replace("_", "-") + " ")
+    assert lines[0].startswith(f"--{name.replace('_', '-')} ")
     assert lines[0].endswith("is ignored: " + FLAGS[name].reason)
     assert "\n" not in lines[0]
 
@@ -79,7 +79,7 @@ def test_values_that_change_nothing_do_not_warn(name: str):
 def test_a_refused_flag_says_why(name: str):
     with pytest.raises(ConfigError) as refused:
         review(args_with(**{name: other_value(name)}))
-    assert str(refused.value).startswith("--" + name.replace("_", "-") + " ")
+    assert str(refused.value).startswith(f"--{name.replace('_', '-')} ")
     assert FLAGS[name].reason in str(refused.value)
     for value in FLAGS[name].allowed:
         assert review(args_with(**{name: value})) == []
@@ -120,7 +120,7 @@ def test_slimes_keywords_are_served():
 def test_astraflows_line_is_served_but_for_adapters():
     with pytest.raises(ConfigError) as refused:
         review(prepare_server_args(ASTRAFLOW_LINE))
-    assert str(refused.value) == "--enable-lora True is not supported: adapters are not served yet"
+    assert str(refused.value) == "--enable-lora is refused: adapters are not served yet"
     lines = review(prepare_server_args([word for word in ASTRAFLOW_LINE if word != "--enable-lora"]))
     assert {line.split()[0] for line in lines} == {
         "--trust-remote-code",

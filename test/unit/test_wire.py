@@ -50,7 +50,7 @@ GOLDEN_FIELDS: dict[str, tuple[str | None, str]] = {
     "SubmitBatch": ("submit", "requests"),
     "SubmitRequest": (
         None,
-        "req_id input_ids sampling version_id extra_key group priority return_logprob logprob_start "
+        "req_id input_ids sampling version_id extra_key priority return_logprob logprob_start "
         "top_logprobs_num token_ids_logprob",
     ),
 }
@@ -77,7 +77,6 @@ REQUEST = wire.SubmitRequest(
     sampling=SPEC,
     version_id=3,
     extra_key="k",
-    group=4,
     priority=-1,
     return_logprob=True,
     logprob_start=1,
@@ -240,7 +239,6 @@ requests = st.builds(
     sampling=specs,
     version_id=st.integers(0, 2**63 - 1),
     extra_key=st.text(max_size=5),
-    group=st.integers(0, 2**31),
     priority=ids32,
     return_logprob=st.booleans(),
     logprob_start=st.integers(0, 2**31),

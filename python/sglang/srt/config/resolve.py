@@ -128,23 +128,7 @@ def _tokenizer(args: ServerArgs, model_path: str) -> TokenizerSection:
     if args.skip_tokenizer_init:
         return TokenizerSection(path=None)
     path = resolve_model_path(args.tokenizer_path) if args.tokenizer_path else model_path
-    return TokenizerSection(path=path, chat_template=_chat_template(args.chat_template))
-
-
-def _chat_template(value: str | None) -> str | None:
-    """Jinja source of --chat-template, which is a file or the template itself."""
-    if not value:
-        return None
-    if "{%" in value or "{{" in value:
-        return value
-    try:
-        with open(value, encoding="utf-8") as file:
-            return file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"--chat-template {value} cannot be read: {error}; pass a file with a Jinja template, or leave the flag "
-            "out to use the model's"
-        ) from error
+    return TokenizerSection(path=path, chat_template=args.chat_template or None)
 
 
 def _memory(args: ServerArgs, device: Device, dtype: str) -> MemorySection:

@@ -31,7 +31,7 @@ class LoadSection(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenizerSection(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokenizer of the front; `path` is None with --skip-tokenizer-init."""
+    """Tokenizer of the front; `path` is None with --skip-tokenizer-init, `chat_template` a file or Jinja source."""
 
     path: str | None
     chat_template: str | None = None
@@ -41,7 +41,7 @@ class MemorySection(msgspec.Struct, frozen=True, kw_only=True):
     """KV cache.
 
     Fields:
-        max_total_tokens: size of the KV pool in tokens, or None to derive it from `mem_fraction_static` of what is free.
+        max_total_tokens: size of the KV pool in tokens; None derives it from `mem_fraction_static` of what is free.
         kv_cache_dtype: torch dtype name.
     """
 
@@ -95,7 +95,7 @@ class ServerSection(msgspec.Struct, frozen=True, kw_only=True):
     Fields:
         served_model_name: id in /v1/models and in metrics labels.
         incremental_streaming: /generate streams deltas instead of cumulative text.
-        sampling_defaults: defaults of the OpenAI endpoints, from generation_config.json unless --sampling-defaults openai.
+        sampling_defaults: of the OpenAI endpoints: generation_config.json, or {} with --sampling-defaults openai.
         preferred_sampling_params: defaults of every endpoint, below the request's own.
         allow_auto_truncate: cut over-long prompts instead of refusing them.
     """

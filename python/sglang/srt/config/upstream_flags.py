@@ -60,7 +60,7 @@ class Refused:
     @property
     def help(self) -> str:
         """Text for --help."""
-        return f"not supported: {self.reason}"
+        return f"refused: {self.reason}"
 
 
 Status = Implemented | Ignored | Refused
@@ -313,12 +313,12 @@ def review(args: ServerArgs) -> list[str]:
         value = getattr(args, field.name)
         if not _is_set(value, field):
             continue
-        flag = f"{flag_name(field.name)} {value}"
+        flag = flag_name(field.name) if value is True else f"{flag_name(field.name)} {value}"
         match FLAGS[field.name]:
             case Implemented(values=values) if values and value not in values:
-                refusals.append(f"{flag} is not supported: use one of {', '.join(map(str, values))}")
+                refusals.append(f"{flag} is refused: use one of {', '.join(map(str, values))}")
             case Refused(reason, allowed) if value not in allowed:
-                refusals.append(f"{flag} is not supported: {reason}")
+                refusals.append(f"{flag} is refused: {reason}")
             case Ignored(reason, quiet) if value not in quiet:
                 warnings.append(f"{flag} is ignored: {reason}")
     if refusals:

@@ -14,6 +14,7 @@ incremental UTF-8 decoder: exact, in half the time of `DecodeStream`, or a third
 from __future__ import annotations
 
 import codecs
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -199,9 +200,25 @@ class _DecodedStream:
         return text
 
     def _pending_text(self) -> str:
-        before: str = self._backend.decode(self._context, skip_special_tokens=False)
-        after: str = self._backend.decode(self._context + self._pending, skip_special_tokens=False)
-        if after.startswith(before):
-            return after[len(before) :]
-        alone: str = self._backend.decode(self._pending, skip_special_tokens=False)
-        return alone
+        if not self._context:
+            return self._decode([], self._pending)
+        guard = _plain_token(self._backend)
+        before = self._decode(guard, self._context)
+        after = self._decode(guard, self._context + self._pending)
+        return after[len(before) :] if after.startswith(before) else self._decode(guard, self._pending)
+
+    def _decode(self, guard: list[int], ids: list[int]) -> str:
+        """Text of `ids` in the middle of a sequence: behind a guard, or the decoder strips a space as at the start."""
+        prefix: str = self._backend.decode(guard, skip_special_tokens=False)
+        text: str = self._backend.decode(guard + ids, skip_special_tokens=False)
+        return text[len(prefix) :]
+
+
+@functools.lru_cache(maxsize=4)
+def _plain_token(backend: Backend) -> list[int]:
+    """The id of a token that is one plain word whatever stands around it, in a list; empty when there is none."""
+    for token_id in range(backend.get_vocab_size()):
+        token = backend.id_to_token(token_id)
+        if token is not None and token.isascii() and token.isalnum():
+            return [token_id]
+    return []

@@ -12,6 +12,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator
+from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import zmq
@@ -27,7 +29,7 @@ class Endpoint(msgspec.Struct, frozen=True):
     to_front: str
 
 
-def _socket(context: zmq.Context, kind: int) -> zmq.Socket:
+def _socket(context: zmq.Context[Any], kind: int) -> Any:
     socket = context.socket(kind)
     socket.set_hwm(0)
     socket.setsockopt(zmq.LINGER, 0)

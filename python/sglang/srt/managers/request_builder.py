@@ -54,6 +54,9 @@ class RequestBuilder:
         self._truncate = config.server.allow_auto_truncate
         self._preferred = config.server.preferred_sampling_params
         self._tokenizer = tokenizer
+        # A tokenizer may name an end that config.json does not (chat models do); text stops at either.
+        ends = {*config.model.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())}
+        self._eos_ids = tuple(sorted(i for i in ends if i < config.model.vocab_size))
         self._seeds = random.Random(config.load.random_seed)
         self._req_ids = itertools.count(1)
         try:
@@ -186,18 +189,16 @@ class RequestBuilder:
         seed = self._seeds.getrandbits(63) if params.sampling_seed is None else params.sampling_seed
         spec = params.resolve(
             vocab_size=self._model.vocab_size,
-            eos_ids=self._model.eos_token_ids,
+            eos_ids=self._eos_ids,
             max_new_tokens=self._max_new_tokens(prompt),
             seed=seed,
         )
-        samples = prompt.records
-        for i, record in enumerate(samples):
+        for i, record in enumerate(prompt.records):
             record.submit = SubmitRequest(
                 req_id=record.req_id,
                 input_ids=packed,
                 sampling=msgspec.structs.replace(spec, seed=sequence_seed(seed, i)),
                 extra_key=prompt.extra_key,
-                group=samples[0].req_id if len(samples) > 1 else 0,
                 priority=prompt.priority if self._schedule.enable_priority else 0,
                 return_logprob=options is not None,
                 logprob_start=prompt.num_tokens if options is None or options.start < 0 else options.start,

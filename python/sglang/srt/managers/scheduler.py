@@ -46,9 +46,7 @@ class Scheduler:
         depth: steps that may be launched before the oldest one's results are read (0: read at once, 1: overlap).
     """
 
-    def __init__(
-        self, channel: Channel, runner: ModelRunner, planner: Planner, vocab_size: int, depth: int
-    ) -> None:
+    def __init__(self, channel: Channel, runner: ModelRunner, planner: Planner, vocab_size: int, depth: int) -> None:
         self.channel = channel
         self.runner = runner
         self.planner = planner

@@ -1,8 +1,9 @@
 """Attention by torch's scaled_dot_product_attention: the reference on every device, the back end on CPU.
 
 Owned by ModelRunner. A step's sequences are split into those with one new token, served together on gathered and padded
-KV, and those with several, served one by one.
-Invariant: after `plan`, `forward` depends on nothing on the host, so it never waits for the device.
+KV, and those with several, served one by one. Locations and masks are made once a step, in `plan`.
+Invariants: after `plan`, `forward` depends on nothing on the host, so it never waits for the device. Padding repeats a
+sequence's own last token: what stands in pages that are not its own, be it NaN, never enters a product.
 """
 
 from __future__ import annotations
@@ -17,14 +18,35 @@ from torch import Tensor
 from sglang.srt.model_executor.forward_context import KVPoolView, PageTableView, StepShape
 from sglang.srt.ops import attention as ops
 
+_QUERY_BLOCK = 512
+"""Queries attended to under one mask: bounds it to 512 rows, and skips keys that none of them sees."""
+_FREE_PADDING = 4096
+"""Padded tokens that are not worth a second batch."""
+
 
 @dataclass(slots=True)
 class _Decodes:
-    """Sequences with one new token: their rows of the step, the pool rows they see [B, L], and the padding mask."""
+    """Sequences with one new token.
+
+    Fields:
+        rows: token rows of the step, int64 [B]; None when they are all of them, in order.
+        locs: pool rows they see, int64 [B, L]; visible: bool [B, 1, 1, L], None when nothing is padding.
+    """
 
     rows: Tensor | None
     locs: Tensor
-    mask: Tensor | None
+    visible: Tensor | None
+
+
+@dataclass(slots=True)
+class _Block:
+    """Queries [start, end) of a sequence's new tokens, and the gathered keys [low, high) that some of them see."""
+
+    start: int
+    end: int
+    low: int
+    high: int
+    visible: Tensor | None
 
 
 @dataclass(slots=True)
@@ -34,86 +56,148 @@ class _Prefill:
     start: int
     end: int
     locs: Tensor | None
-    mask: Tensor | None
+    blocks: list[_Block]
 
 
 class TorchNativeAttention:
-    """Implements forward_context.AttentionBackend."""
+    """Implements forward_context.AttentionBackend.
+
+    Args:
+        sliding_window: tokens each position sees, itself included; None for all before it.
+    """
 
     def __init__(
-        self, kv_pool: KVPoolView, page_table: PageTableView, device: torch.device, sliding_window: int | None
+        self, kv_pool: KVPoolView, page_table: PageTableView, device: torch.device, sliding_window: int | None = None
     ) -> None:
         self.kv_pool = kv_pool
         self.page_table = page_table
         self.device = device
         self.window = sliding_window
         self._out_locs = torch.empty(0, dtype=torch.int64)
-        self._decodes: _Decodes | None = None
+        self._decodes: list[_Decodes] = []
         self._prefills: list[_Prefill] = []
+        self._masks: dict[int, Tensor] = {}
+        self._workspace: tuple[Tensor, Tensor] | None = None
 
     def plan(self, shape: StepShape, req_slots: Tensor, out_locs: Tensor) -> None:
         """See AttentionBackend."""
         self._out_locs = out_locs
-        ends = np.cumsum(shape.query_lens)
-        single = np.flatnonzero(shape.query_lens == 1)
-        self._decodes = self._plan_decodes(shape, single, ends, req_slots) if len(single) else None
+        self._masks.clear()
+        query_lens, kv_lens = shape.query_lens.astype(np.int64), shape.kv_lens.astype(np.int64)
+        ends = np.cumsum(query_lens)
+        single = np.flatnonzero(query_lens == 1)
+        batches = _batches(single, self._seen(kv_lens[single]))
+        everything = len(batches) == 1 and len(single) == len(query_lens)
+        self._decodes = [
+            self._plan_decodes(kv_lens[batch], None if everything else np.stack([batch, ends[batch] - 1]), req_slots)
+            for batch in batches
+        ]
         self._prefills = [
-            self._plan_prefill(int(ends[b]), int(shape.query_lens[b]), int(shape.kv_lens[b]), req_slots[b : b + 1])
-            for b in np.flatnonzero(shape.query_lens > 1)
+            self._plan_prefill(int(ends[b]), int(query_lens[b]), int(kv_lens[b]), req_slots[b])
+            for b in np.flatnonzero(query_lens > 1)
         ]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int, scale: float) -> Tensor:
         """See AttentionBackend."""
         k_pool, v_pool = self.kv_pool.layer(layer_id)
         ops.store_kv(k, v, k_pool, v_pool, self._out_locs)
-        decodes = self._decodes
-        if decodes is not None and decodes.rows is None:
-            return self._decode(q, k_pool, v_pool, decodes, scale)
+        if len(self._decodes) == 1 and self._decodes[0].rows is None:
+            return self._decode(q, k_pool, v_pool, self._decodes[0], scale)
         out = q.new_empty(len(q), q.shape[1] * q.shape[2])
-        if decodes is not None:
-            out[decodes.rows] = self._decode(q[decodes.rows], k_pool, v_pool, decodes, scale)
+        for decodes in self._decodes:
+            assert decodes.rows is not None
+            out.index_copy_(0, decodes.rows, self._decode(q[decodes.rows], k_pool, v_pool, decodes, scale))
         for part in self._prefills:
             rows = slice(part.start, part.end)
-            keys, values = (k[rows], v[rows]) if part.locs is None else (k_pool[part.locs], v_pool[part.locs])
-            out[rows] = ops.prefill_attention(q[rows], keys, values, part.mask, scale)
+            keys, values = (k[rows], v[rows]) if part.locs is None else self._gather(part.locs, k_pool, v_pool, q.dtype)
+            self._prefill(q[rows], keys, values, part, scale, out[rows])
         return out
 
     def _decode(self, q: Tensor, k_pool: Tensor, v_pool: Tensor, decodes: _Decodes, scale: float) -> Tensor:
         shape = (*decodes.locs.shape, *k_pool.shape[1:])
-        flat = decodes.locs.view(-1)
-        keys, values = k_pool.index_select(0, flat).view(shape), v_pool.index_select(0, flat).view(shape)
-        return ops.decode_attention(q, keys, values, decodes.mask, scale)
+        keys, values = self._gather(decodes.locs.view(-1), k_pool, v_pool, q.dtype)
+        return ops.decode_attention(
+            q, keys.view(shape), values.view(shape), self._mask(decodes.visible, q.dtype), scale
+        )
+
+    def _prefill(self, q: Tensor, keys: Tensor, values: Tensor, part: _Prefill, scale: float, out: Tensor) -> None:
+        for block in part.blocks:
+            queries, seen = slice(block.start, block.end), slice(block.low, block.high)
+            mask = self._mask(block.visible, q.dtype)
+            out[queries] = ops.prefill_attention(q[queries], keys[seen], values[seen], mask, scale)
 
     def _plan_decodes(
-        self, shape: StepShape, single: NDArray[np.int64], ends: NDArray[np.int64], req_slots: Tensor
+        self, kv_lens: NDArray[np.int64], places: NDArray[np.int64] | None, req_slots: Tensor
     ) -> _Decodes:
-        everything = len(single) == len(shape.query_lens)
-        lens = shape.kv_lens[single]
-        longest = int(lens.max())
-        slots = req_slots if everything else req_slots[self._upload(single)]
-        locs = self._locations(slots, longest)
-        rows = None if everything else self._upload(ends[single] - 1)
-        if int(lens.min()) == longest and self.window is None:
-            return _Decodes(rows, locs, None)
-        seen = ops.visible(self._upload(lens.astype(np.int64) - 1), longest, self.window)
-        mask = torch.zeros(seen.shape, dtype=self._mask_dtype(), device=self.device).masked_fill_(~seen, -torch.inf)
-        return _Decodes(rows, locs, mask[:, None, None, :])
+        """`places`: (sequence, token row) of each member, [2, B]; None when the members are the whole step."""
+        seen = self._seen(kv_lens)
+        longest = int(seen.max())
+        first, last = self._upload(np.stack([kv_lens - seen, kv_lens - 1]))
+        slots, rows = req_slots, None
+        if places is not None:
+            members, rows = self._upload(places)
+            slots = req_slots[members]
+        positions = first[:, None] + torch.arange(longest, device=self.device)
+        last = last[:, None]
+        locs = self._locations(slots[:, None], torch.minimum(positions, last))
+        padded = int(seen.min()) < longest
+        return _Decodes(rows, locs, (positions <= last)[:, None, None, :] if padded else None)
 
     def _plan_prefill(self, end: int, query_len: int, kv_len: int, slot: Tensor) -> _Prefill:
-        start = end - query_len
-        fresh = query_len == kv_len
-        if fresh and self.window is None:
-            return _Prefill(start, end, None, None)
-        locs = None if fresh else self._locations(slot, kv_len)[0]
-        positions = torch.arange(kv_len - query_len, kv_len, device=self.device)
-        return _Prefill(start, end, locs, ops.visible(positions, kv_len, self.window))
+        start, prefix = end - query_len, kv_len - query_len
+        window = self.window or kv_len
+        if prefix == 0 and window >= kv_len:
+            return _Prefill(start, end, None, [_Block(0, query_len, 0, query_len, None)])
+        # The keys gathered are those from `first` on: what the window hides from every query is left out.
+        first = max(0, prefix - window + 1)
+        locs = self._locations(slot, torch.arange(first, kv_len, device=self.device)) if prefix else None
+        blocks = []
+        for low_query in range(0, query_len, _QUERY_BLOCK):
+            high_query = min(low_query + _QUERY_BLOCK, query_len)
+            low, high = max(0, prefix + low_query - window + 1), prefix + high_query
+            queries = torch.arange(prefix + low_query, high, device=self.device)[:, None]
+            keys = torch.arange(low, high, device=self.device)
+            visible = (keys <= queries) & (keys > queries - window)
+            blocks.append(_Block(low_query, high_query, low - first, high - first, visible))
+        return _Prefill(start, end, locs, blocks)
 
-    def _locations(self, slots: Tensor, length: int) -> Tensor:
-        return ops.token_locations(self.page_table.pages[slots], length, self.page_table.page_size)
+    def _seen(self, kv_lens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many tokens a sequence's last position sees."""
+        return kv_lens if self.window is None else np.minimum(kv_lens, self.window)
 
-    def _mask_dtype(self) -> torch.dtype:
-        return self.kv_pool.layer(0)[0].dtype
+    def _locations(self, slots: Tensor, positions: Tensor) -> Tensor:
+        return ops.token_locations(self.page_table.pages, slots, positions, self.page_table.page_size)
+
+    def _mask(self, visible: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """Additive mask, made by the first layer of a step."""
+        if visible is None:
+            return None
+        mask = self._masks.get(id(visible))
+        if mask is None:
+            mask = self._masks[id(visible)] = ops.additive_mask(visible, dtype)
+        return mask
+
+    def _gather(self, locs: Tensor, k_pool: Tensor, v_pool: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """K and V of pool rows, in memory that every layer uses again: fresh pages cost more than the copy."""
+        count = len(locs)
+        if self._workspace is None or len(self._workspace[0]) < count:
+            shape = (count + count // 4, *k_pool.shape[1:])
+            self._workspace = k_pool.new_empty(shape), v_pool.new_empty(shape)
+        keys, values = self._workspace[0][:count], self._workspace[1][:count]
+        torch.index_select(k_pool, 0, locs, out=keys)
+        torch.index_select(v_pool, 0, locs, out=values)
+        return keys.to(dtype), values.to(dtype)
 
     def _upload(self, values: NDArray[np.int64]) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(values))
+        tensor = torch.from_numpy(values)
         return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+def _batches(members: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Sequences to pad together: all of them, or by power of two of the length where padding would be over half."""
+    if not len(members):
+        return []
+    if len(members) * int(lengths.max()) <= max(_FREE_PADDING, 2 * int(lengths.sum())):
+        return [members]
+    classes = np.frexp(lengths)[1]
+    return [members[classes == value] for value in np.unique(classes)]

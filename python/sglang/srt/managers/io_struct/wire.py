@@ -50,7 +50,6 @@ class SubmitRequest(msgspec.Struct, array_like=True, frozen=True):
         input_ids: packed int32.
         version_id: weights to run on; BASE_VERSION or an adapter version.
         extra_key: further part of the prefix-cache namespace (client's extra_key / cache_salt), "" for none.
-        group: > 0 marks samples of one prompt (n > 1): the first one's prefill is shared with the rest.
         logprob_start: first prompt position whose log-probability is wanted; len(input_ids) or more for none.
         top_logprobs_num: alternatives to report per position, 0 for none.
         token_ids_logprob: ids to report at each position.
@@ -61,7 +60,6 @@ class SubmitRequest(msgspec.Struct, array_like=True, frozen=True):
     sampling: SamplingSpec
     version_id: int = BASE_VERSION
     extra_key: str = ""
-    group: int = 0
     priority: int = 0
     return_logprob: bool = False
     logprob_start: int = 0
