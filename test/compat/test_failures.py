@@ -293,6 +293,26 @@ def test_the_back_leaves_when_the_front_is_killed(tiny_model):
         assert psutil.wait_procs(children, timeout=20)[1] == []
 
 
+def test_sigterm_while_the_model_loads_is_a_clean_end(tiny_model):
+    port = str(free_port())
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", tiny_model, "--port", port]
+    with subprocess.Popen(command, env=child_environment(), stderr=subprocess.PIPE, text=True) as process:
+        until(lambda: answers(f"http://127.0.0.1:{port}/ping"))
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=30)
+    assert process.returncode == 0, log
+    assert "cannot start" not in log
+    assert psutil.wait_procs(children, timeout=5)[1] == []
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
 def launch(*flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "sglang.launch_server", *flags]
     return subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=120, check=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from model_harness import Harness
+from engine.model_harness import Harness
 from torch import Tensor
 
 from sglang.srt.config.model_config import load_model_config

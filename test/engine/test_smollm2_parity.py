@@ -7,7 +7,6 @@ arg-max of the logits before it, the greedy texts are equal, by induction over t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,16 +48,8 @@ def engine() -> Iterator[sglang.Engine]:
         yield engine
 
 
-@pytest.fixture(scope="module")
-def reference(smollm2_path: str) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    path = Path(smollm2_path)
-    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
-
-
 @torch.inference_mode()
-def test_text_and_logprobs_equal_transformers(engine: sglang.Engine, reference: torch.nn.Module) -> None:
+def test_text_and_logprobs_equal_transformers(engine: sglang.Engine, smollm2_reference: torch.nn.Module) -> None:
     tokenizer = engine.tokenizer_manager.tokenizer
     chats = [tokenizer.apply_chat_template([{"role": "user", "content": q}]) for q in QUESTIONS]
     replies = engine.generate(
@@ -70,7 +61,7 @@ def test_text_and_logprobs_equal_transformers(engine: sglang.Engine, reference: 
     for text, reply in zip(chats + TEXTS, replies, strict=True):
         prompt, output = tokenizer.encode(text), reply["output_ids"]
         assert len(output) == 64
-        want = reference(torch.tensor([prompt + output])).logits[0].log_softmax(-1).numpy()
+        want = smollm2_reference(torch.tensor([prompt + output])).logits[0].log_softmax(-1).numpy()
         first = len(prompt) - 1
         assert output == want[first:-1].argmax(-1).tolist(), text
         assert reply["text"] == tokenizer.decode(output)

@@ -12,7 +12,6 @@ import atexit
 import concurrent.futures
 import contextlib
 import inspect
-import logging
 import os
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
@@ -162,6 +161,8 @@ class EngineManager:
 class Engine:
     """A model that generates, in this process's service.
 
+    Logging of this process is the application's business; `log_level` is that of the model's process.
+
     Args:
         server_args: launch flags; or give them as keywords (`model_path=…`).
 
@@ -177,7 +178,6 @@ class Engine:
             raise ConfigError(f"Engine takes server_args or keywords, not both: {', '.join(sorted(kwargs))}")
         self.server_args = server_args
         config = resolve(server_args)
-        logging.getLogger("sglang").setLevel(config.server.log_level.upper())
         self._pid = os.getpid()
         self._closed = False
         self._loop = LoopThread()
@@ -282,7 +282,7 @@ class Engine:
 
 
 def _server_args(kwargs: dict[str, Any]) -> ServerArgs:
-    """ServerArgs of keywords; a library is quiet unless told otherwise."""
+    """ServerArgs of keywords; the model of a library is quiet unless told otherwise."""
     try:
         return ServerArgs(**{"log_level": "error", **kwargs})
     except TypeError as error:

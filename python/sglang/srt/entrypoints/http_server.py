@@ -94,10 +94,11 @@ class HttpServer:
     def __init__(
         self, server_args: ServerArgs, config: Config, launch_callback: Callable[[], None] | None = None
     ) -> None:
+        self._server_args = server_args
         self._config = config
         self._runtime = Runtime(server_args, config)
         self._launch_callback = launch_callback
-        self._url = server_args.url()
+        self._url = ""
         self._access_log = (server_args.log_level_http or "").lower() in ("info", "debug")
         self._drain_seconds = environ.SGLANG_DRAIN_TIMEOUT.get()
         self._uvicorn: QuietServer | None = None
@@ -109,6 +110,7 @@ class HttpServer:
     async def run(self) -> int:
         """Serve; returns the exit code."""
         with contextlib.closing(self._bind()) as listener:
+            self._url = self._server_args.url(listener.getsockname()[1])
             try:
                 self._catch_signals()
                 await self._runtime.start()
@@ -172,8 +174,9 @@ class HttpServer:
             if self._launch_callback is not None:
                 self._launch_callback()
         except SglangError as error:
-            logger.error("the server cannot start: %s", error)
-            self._stop(exit_code=1)
+            if not self._signals:  # else it was us who ended the back
+                logger.error("the server cannot start: %s", error)
+                self._stop(exit_code=1)
         except Exception:
             logger.exception("the server cannot start")
             self._stop(exit_code=1)

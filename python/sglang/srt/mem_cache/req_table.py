@@ -29,7 +29,7 @@ class ReqTable:
         shared_or_copy = torch.from_numpy(self.host)
         self.pages: Tensor = shared_or_copy if self._shared else shared_or_copy.to(device)
         self._free = list(range(max_slots - 1, -1, -1))
-        self._pending: list[tuple[int, int, Pages]] = []
+        self._pending: list[tuple[int, int, int]] = []
 
     @property
     def num_free(self) -> int:
@@ -51,16 +51,16 @@ class ReqTable:
             return
         self.host[slot, start : start + len(pages)] = pages
         if not self._shared:
-            self._pending.append((slot, start, pages))
+            self._pending.append((slot, start, start + len(pages)))
 
     def flush(self) -> None:
         """Copy what `write` changed since the last call to the device, in stream order."""
         if not self._pending:
             return
         width = self.host.shape[1]
-        index = np.concatenate([slot * width + np.arange(start, start + len(p)) for slot, start, p in self._pending])
-        values = np.concatenate([p for _, _, p in self._pending])
-        packed = torch.from_numpy(np.stack([index, values.astype(np.int64)]))
+        # Values are read here, not when they were written: an entry that changed twice is copied twice with one value.
+        index = np.unique(np.concatenate([slot * width + np.arange(start, end) for slot, start, end in self._pending]))
+        packed = torch.from_numpy(np.stack([index, self.host.reshape(-1)[index].astype(np.int64)]))
         packed = packed.pin_memory().to(self.pages.device, non_blocking=True)
         self.pages.view(-1).index_put_((packed[0],), packed[1].to(torch.int32))
         self._pending.clear()

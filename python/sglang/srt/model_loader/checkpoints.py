@@ -1,4 +1,4 @@
-"""Reads checkpoints: (HF tensor name, tensor) pairs from safetensors directories and GGUF files, one tensor at a time."""
+"""Reads checkpoints as (HF name, tensor) pairs from safetensors directories and GGUF files, one tensor at a time."""
 
 from __future__ import annotations
 
