@@ -48,8 +48,14 @@ def engine() -> Iterator[sglang.Engine]:
         yield engine
 
 
-@torch.inference_mode()
 def test_text_and_logprobs_equal_transformers(engine: sglang.Engine, smollm2_reference: torch.nn.Module) -> None:
+    check_parity(engine, smollm2_reference, atol=1e-4)
+
+
+@torch.inference_mode()
+def check_parity(engine: sglang.Engine, reference: torch.nn.Module, *, atol: float) -> None:
+    """Serve every prompt and compare text, output and prompt log-probabilities with one forward of transformers."""
+    device = next(reference.parameters()).device
     tokenizer = engine.tokenizer_manager.tokenizer
     chats = [tokenizer.apply_chat_template([{"role": "user", "content": q}]) for q in QUESTIONS]
     replies = engine.generate(
@@ -61,13 +67,13 @@ def test_text_and_logprobs_equal_transformers(engine: sglang.Engine, smollm2_ref
     for text, reply in zip(chats + TEXTS, replies, strict=True):
         prompt, output = tokenizer.encode(text), reply["output_ids"]
         assert len(output) == 64
-        want = smollm2_reference(torch.tensor([prompt + output])).logits[0].log_softmax(-1).numpy()
+        want = reference(torch.tensor([prompt + output], device=device)).logits[0].log_softmax(-1).cpu().numpy()
         first = len(prompt) - 1
         assert output == want[first:-1].argmax(-1).tolist(), text
         assert reply["text"] == tokenizer.decode(output)
         meta = reply["meta_info"]
         got = [entry[0] for entry in meta["output_token_logprobs"]]
-        np.testing.assert_allclose(got, want[np.arange(first, first + 64), output], atol=1e-4, rtol=0)
+        np.testing.assert_allclose(got, want[np.arange(first, first + 64), output], atol=atol, rtol=0)
         scored = [entry[0] for entry in meta["input_token_logprobs"]]
         assert scored[0] is None
-        np.testing.assert_allclose(scored[1:], want[np.arange(first), prompt[1:]], atol=1e-4, rtol=0)
+        np.testing.assert_allclose(scored[1:], want[np.arange(first), prompt[1:]], atol=atol, rtol=0)
