@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,3 +21,13 @@ def smollm2_path() -> str:
     from sglang.srt.config.model_path import resolve_model_path
 
     return resolve_model_path("smollm2")
+
+
+@pytest.fixture(scope="session")
+def smollm2_reference(smollm2_path: str) -> Any:
+    """transformers' SmolLM2 in float32, by its own GGUF loader: half a minute, so once a session."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    path = Path(smollm2_path)
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()

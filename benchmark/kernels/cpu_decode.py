@@ -46,7 +46,7 @@ def now() -> float:
 
 
 class Ours:
-    """Our model with a KV pool for one batch; tokens of its sequences alternate in the pool, as decoding leaves them."""
+    """Our model and a KV pool for one batch; its sequences alternate in the pool, as decoding leaves them."""
 
     def __init__(self, path: str, max_tokens: int) -> None:
         config = load_model_config(path)
