@@ -141,7 +141,8 @@ def main() -> None:
     if options.reference:
         linear.kernels.clear()
     path = resolve_model_path(options.model)
-    most = max(max(options.batch) * (options.context + DECODE_STEPS), options.prefill)
+    # A pool with room to spare, as a server has it.
+    most = 8 * max(max(options.batch) * (options.context + DECODE_STEPS), options.prefill)
     systems: dict[str, Any] = {"ours": Ours(path, most)}
     if not options.no_transformers:
         systems["transformers"] = Theirs(path)

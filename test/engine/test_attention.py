@@ -12,7 +12,7 @@ from engine.test_ops import softmax_attention
 from torch import Tensor
 
 from sglang.srt.errors import ConfigError
-from sglang.srt.layers.attention import torch_native
+from sglang.srt.layers.attention import dense_cache, torch_native
 from sglang.srt.layers.attention.factory import create_attention_backend
 from sglang.srt.model_executor.forward_context import StepShape
 
@@ -137,3 +137,83 @@ def test_pool_of_another_dtype_is_converted() -> None:
 def test_unknown_back_end_is_named() -> None:
     with pytest.raises(ConfigError, match="warp"):
         create_attention_backend("warp", NaNPool(1, 4, 1, 4, torch.float32, CPU), PageTable(1, 1, 1, 4, CPU), CPU)
+
+
+# ---- the dense copy of a decode batch ----
+
+
+def dense_locs(bench: Bench) -> Tensor | None:
+    return bench.backend._dense._locs  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("lengths", [(5, 5, 5), (12, 3, 7), (1, 1, 1)])
+def test_a_batch_that_goes_on_is_served_from_its_copy(
+    lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense_cache, "HEADROOM", 4)
+    bench = Bench(4, 2, 1, None)
+    bench.step(list(enumerate(lengths)))
+    served = []
+    for _ in range(14):
+        bench.step([(0, 1), (1, 1), (2, 1)])
+        served.append(dense_locs(bench) is not None)
+    # The second decode step shows that the batch goes on (lengths of 1: their first step was a decode already).
+    assert served == [lengths == (1, 1, 1)] + [True] * 13
+
+
+def test_any_other_step_ends_the_copy() -> None:
+    bench = Bench(4, 2, 4, None)
+    bench.step([(0, 9), (1, 14), (2, 2)])
+    everyone = [(0, 1), (1, 1), (2, 1)]
+
+    def go_on() -> None:
+        for _ in range(3):
+            bench.step(everyone)
+        assert dense_locs(bench) is not None
+
+    for other in ([(0, 3)], [(0, 1), (3, 5)], [(1, 1), (0, 1), (2, 1)], [(0, 1), (1, 1)], [(2, 1)]):
+        go_on()
+        bench.step(other)
+        assert dense_locs(bench) is None
+    go_on()
+
+
+def test_a_slot_taken_by_another_sequence_is_noticed() -> None:
+    """Same slots, lengths that fit, other pages: what a flush and a new prompt of the right length would look like."""
+    bench = Bench(4, 2, 1, None)
+    bench.step([(0, 6), (1, 6)])
+    for _ in range(3):
+        bench.step([(0, 1), (1, 1)])
+    keys, values = (list(tensors) for tensors in zip(*bench.history[1], strict=True))
+    rows = bench.table.locations(1, 0, 9)
+    moved = torch.tensor([bench.table.free.pop() for _ in rows])
+    bench.table.host[1, :9] = moved
+    for layer in range(LAYERS):
+        bench.pool.data[layer, 0, moved] = keys[layer] = keys[layer] * 2
+        bench.pool.data[layer, 1, moved] = values[layer] = values[layer] - 1
+    bench.history[1] = list(zip(keys, values, strict=True))
+    bench.step([(0, 1), (1, 1)])
+    assert dense_locs(bench) is None
+    bench.step([(0, 1), (1, 1)])
+
+
+def test_the_copy_never_takes_more_than_its_share_of_the_pool() -> None:
+    bench = Bench(4, 2, 1, None, capacity=700)
+    bench.step([(0, 40), (1, 40), (2, 90)])
+    for _ in range(3):
+        bench.step([(0, 1), (1, 1), (2, 1)])
+    assert dense_locs(bench) is None
+    for _ in range(3):
+        bench.step([(0, 1), (1, 1)])
+    assert dense_locs(bench) is not None
+
+
+def test_churn_in_random_order_stays_right() -> None:
+    rng = np.random.default_rng(4)
+    bench = Bench(4, 2, 4, None)
+    for _ in range(10):
+        slots = [int(s) for s in rng.permutation(6)[: rng.integers(1, 7)]]
+        if rng.random() < 0.4:
+            bench.step([(slots[0], int(rng.integers(2, 9)))])
+        for _ in range(int(rng.integers(1, 6))):
+            bench.step([(s, 1) for s in slots])

@@ -47,6 +47,7 @@ def test_bfloat16_is_close(saved: tuple[Path, Any], schedule: str) -> None:
         assert (ours - truth).abs().mean() < 0.03 * truth.std()
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_a_step_never_waits_for_the_device(saved: tuple[Path, Any]) -> None:
     """`model.forward` queues a mixed step without one synchronisation."""
     path, _ = saved

@@ -72,6 +72,7 @@ class StubManager:
         self.closed_streams = 0
         self.disconnected = asyncio.Event()
         self.hang = False
+        self.num_held = 0
 
     async def _serve(self, obj: Any, request: Any, items: list[Any]) -> Any:
         self.requests.append(obj)

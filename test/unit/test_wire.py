@@ -38,7 +38,8 @@ GOLDEN_FIELDS: dict[str, tuple[str | None, str]] = {
     ),
     "SchedulerStats": (
         None,
-        "num_running_reqs num_waiting_reqs num_retracted_reqs paused num_used_tokens num_cached_tokens "
+        "num_running_reqs num_waiting_reqs num_retracted_reqs num_waiting_tokens paused num_used_tokens "
+        "num_cached_tokens "
         "max_total_num_tokens max_running_requests gen_throughput cache_hit_rate prompt_tokens_total "
         "cached_tokens_total generation_tokens_total retractions_total steps_total host_seconds_total "
         "step_seconds_total invariant_violations_total",
@@ -100,9 +101,9 @@ STEP = wire.StepOutput(
 TO_BACK: list[tuple[Any, str]] = [
     (
         wire.SubmitBatch([REQUEST]),
-        "92a67375626d6974919bcf0000010000000000c40801000000020000009d1001cb3fe000000000000028cb3fe8000000000000"
-        "cb3fd0000000000000cb3ff0000000000000cbbff0000000000000cb3ff8000000000000cf7fffffffffffffff91028105cbbf"
-        "f000000000000092a57265676578a16103a16b04ffc30102920708",
+        "92a67375626d6974919acf0000010000000000c40801000000020000009d1001cb3fe000000000000028cb3fe80000000000"
+        "00cb3fd0000000000000cb3ff0000000000000cbbff0000000000000cb3ff8000000000000cf7fffffffffffffff91028105"
+        "cbbff000000000000092a57265676578a16103a16bffc30102920708",
     ),
     (wire.AbortRequests([1, 300]), "92a561626f72749201cd012c"),
     (wire.StopRequests([1]), "92a473746f709101"),
@@ -123,14 +124,14 @@ TO_FRONT: list[tuple[Any, str]] = [
     ),
     (
         wire.StatsPush(STATS),
-        "92aa73746174735f70757368dc0012010000c300000000cb4004000000000000cb00000000000000000000000000cb0000000000000000"
-        "cb000000000000000000",
+        "92aa73746174735f70757368dc001301000000c300000000cb4004000000000000cb00000000000000000000000000cb0000"
+        "000000000000cb000000000000000000",
     ),
     (wire.CallReply(1, True, "ok"), "95a57265706c7901c3a26f6bc0"),
     (
         wire.CallReply(1, False, stats=STATS),
-        "95a57265706c7901c2a0dc0012010000c300000000cb4004000000000000cb00000000000000000000000000cb0000000000000000"
-        "cb000000000000000000",
+        "95a57265706c7901c2a0dc001301000000c300000000cb4004000000000000cb00000000000000000000000000cb00000000"
+        "00000000cb000000000000000000",
     ),
     (wire.BackFailed("why"), "92a66661696c6564a3776879"),
 ]

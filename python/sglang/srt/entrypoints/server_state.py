@@ -135,7 +135,8 @@ async def get_loads(runtime: Runtime, include: Iterable[str] = ("all",), dp_rank
         raise RequestError(f"include has unknown sections {sorted(unknown)}; known are {', '.join(LOAD_SECTIONS)}.")
     if dp_rank not in (None, 0):
         raise RequestError(f"dp_rank {dp_rank} does not exist; this server has rank 0 only.")
-    load = _load(await runtime.manager.scheduler_stats(), _ready(runtime), sections)
+    stats = await runtime.manager.scheduler_stats()
+    load = _load(stats, _ready(runtime), sections, num_held=runtime.manager.num_held)
     return {
         "timestamp": datetime.now(timezone.utc).isoformat(),
         "version": __version__,
@@ -145,22 +146,24 @@ async def get_loads(runtime: Runtime, include: Iterable[str] = ("all",), dp_rank
     }
 
 
-def _load(stats: SchedulerStats, ready: Ready, sections: set[str]) -> dict[str, Any]:
+def _load(stats: SchedulerStats, ready: Ready, sections: set[str], *, num_held: int) -> dict[str, Any]:
+    """One rank's load; `num_held` requests wait in the front and count as waiting."""
+    num_waiting = stats.num_waiting_reqs + num_held
     capacity = stats.max_total_num_tokens or ready.max_total_num_tokens
     slots = stats.max_running_requests or ready.max_running_requests
     load: dict[str, Any] = {
         "dp_rank": 0,
         "num_running_reqs": stats.num_running_reqs,
-        "num_waiting_reqs": stats.num_waiting_reqs,
+        "num_waiting_reqs": num_waiting,
         "num_used_tokens": stats.num_used_tokens,
-        "num_total_tokens": stats.num_used_tokens,
+        "num_total_tokens": stats.num_used_tokens + stats.num_waiting_tokens,
         "max_total_num_tokens": capacity,
         "token_usage": round(stats.num_used_tokens / max(capacity, 1), 4),
         "gen_throughput": round(stats.gen_throughput, 2),
         "cache_hit_rate": round(stats.cache_hit_rate, 4),
         "utilization": round(stats.num_running_reqs / max(slots, 1), 4),
         "max_running_requests": slots,
-        "num_total_reqs": stats.num_running_reqs + stats.num_waiting_reqs,
+        "num_total_reqs": stats.num_running_reqs + num_waiting,
     }
     if sections & {"memory", "all"}:
         load["memory"] = {
@@ -171,7 +174,7 @@ def _load(stats: SchedulerStats, ready: Ready, sections: set[str]) -> dict[str, 
         }
     if sections & {"queues", "all"}:
         paused = stats.num_running_reqs if stats.paused else 0
-        queued = stats.num_waiting_reqs - stats.num_retracted_reqs
+        queued = num_waiting - stats.num_retracted_reqs
         load["queues"] = {"waiting": queued, "grammar": 0, "paused": paused, "retracted": stats.num_retracted_reqs}
     return load
 

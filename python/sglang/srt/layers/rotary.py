@@ -31,13 +31,14 @@ class RotaryEmbedding:
         self._dtype = dtype
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """(cos, sin) of a step, each [T, 1, D / 2].
+        """(cos, sin) of a step, each [T, 1, D], as `ops.rope.rotate_` takes them.
 
         Args:
             positions: int64 [T].
         """
         angles = positions[:, None, None].float() * self._inverse
-        return (angles.cos() * self._gain).to(self._dtype), (angles.sin() * self._gain).to(self._dtype)
+        cos, sin = angles.cos() * self._gain, angles.sin() * self._gain
+        return torch.cat([cos, cos], dim=-1).to(self._dtype), torch.cat([-sin, sin], dim=-1).to(self._dtype)
 
 
 def _default(inverse: Tensor, scaling: dict[str, Any], config: ModelConfig) -> tuple[Tensor, float]:

@@ -76,6 +76,11 @@ class RequestLifecycle:
             for group in held:
                 self.admit(group)
 
+    @property
+    def num_held(self) -> int:
+        """Sequences that wait at the gate."""
+        return sum(len(group.records) for group in self._held)
+
     def in_flight(self) -> list[RequestRecord]:
         """Records the scheduler owes a terminal row."""
         self.outbox.flush()

@@ -107,5 +107,7 @@ class SchedulerControl:
         self._reply(message.call_id, True)
 
     def _reply(self, call_id: int, success: bool, message: str = "") -> None:
+        # Rows first: whoever reads these numbers must not find requests that they no longer count.
+        self.outputs.flush()
         stats = self.stats.snapshot(self.planner, self.paused is not None)
         self.send(wire.CallReply(call_id, success, message, stats))

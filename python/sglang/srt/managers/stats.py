@@ -53,6 +53,7 @@ class StatsCollector:
             num_running_reqs=len(planner.live),
             num_waiting_reqs=len(planner.waiting),
             num_retracted_reqs=sum(r.num_retractions > 0 for r in planner.waiting),
+            num_waiting_tokens=sum(r.num_known for r in planner.waiting),
             paused=paused,
             num_used_tokens=kv.used,
             num_cached_tokens=kv.cache.evictable_pages * kv.page_size,

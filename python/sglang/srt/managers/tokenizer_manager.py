@@ -112,6 +112,11 @@ class TokenizerManager:
         self.rid_to_state = self._lifecycle.rids.by_rid
         self.counters = self._lifecycle.counters
 
+    @property
+    def num_held(self) -> int:
+        """Sequences that wait in the front for an abort-mode pause to end."""
+        return self._lifecycle.num_held
+
     async def start(self) -> None:
         """Start to read what the back says."""
         self._reader = asyncio.create_task(self._read())

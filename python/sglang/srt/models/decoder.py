@@ -19,7 +19,7 @@ from sglang.srt.models.weight_map import Cut, Target, WeightMap
 from sglang.srt.ops.activation import silu_and_mul
 from sglang.srt.ops.linear import linear
 from sglang.srt.ops.norm import fused_add_rms_norm, rms_norm
-from sglang.srt.ops.rope import rotate
+from sglang.srt.ops.rope import rotate_
 from sglang.srt.platforms.platform import allocate_weights
 
 _ALIGNMENT = 64
@@ -97,7 +97,7 @@ class DecoderForCausalLM:
             q, k = qk.split([num_heads, num_kv_heads], dim=1)
             eps = config.rms_norm_eps
             qk = torch.cat([rms_norm(q, layer.q_norm, eps), rms_norm(k, layer.k_norm, eps)], dim=1)
-        q, k = rotate(qk, cos, sin).split([num_heads, num_kv_heads], dim=1)
+        q, k = rotate_(qk, cos, sin).split([num_heads, num_kv_heads], dim=1)
         return linear(ctx.attention.forward(q, k, v, index, self.scale), layer.out, layer.out_bias)
 
 

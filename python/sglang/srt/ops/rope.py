@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs of dimensions by each token's angles.
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs of dimensions by each token's angles, in place; returns x.
 
     Args:
-        x: [T, N, D]; cos, sin: [T, 1, D / 2] in x's dtype.
-
-    Returns:
-        [T, N, D]: first half x1 * cos - x2 * sin, second half x2 * cos + x1 * sin.
+        x: [T, N, D], its last dimension dense; may be a view into a fused projection.
+        cos: [T, 1, D] in x's dtype, the same in both halves.
+        sin: [T, 1, D], its first half negated, so that the rotation is x * cos + (x's halves exchanged) * sin.
     """
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    exchanged = torch.roll(x, x.shape[-1] // 2, dims=-1)
+    return x.mul_(cos).addcmul_(exchanged, sin)

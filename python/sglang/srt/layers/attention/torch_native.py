@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sglang.srt.layers.attention.dense_cache import DenseCache
 from sglang.srt.model_executor.forward_context import KVPoolView, PageTableView, StepShape
 from sglang.srt.ops import attention as ops
 
@@ -31,11 +32,15 @@ class _Decodes:
     Fields:
         rows: token rows of the step, int64 [B]; None when they are all of them, in order.
         locs: pool rows they see, int64 [B, L]; visible: bool [B, 1, 1, L], None when nothing is padding.
+        last: column of each one's new token, int64 [B].
+        dense: whether `DenseCache` has their KV.
     """
 
     rows: Tensor | None
     locs: Tensor
     visible: Tensor | None
+    last: Tensor
+    dense: bool = False
 
 
 @dataclass(slots=True)
@@ -78,6 +83,9 @@ class TorchNativeAttention:
         self._prefills: list[_Prefill] = []
         self._masks: dict[int, Tensor] = {}
         self._workspace: tuple[Tensor, Tensor] | None = None
+        # It takes memory and reads locations on the host, which only a CPU has to spare. Under a window a sequence's
+        # columns move from step to step.
+        self._dense = DenseCache() if device.type == "cpu" and sliding_window is None else None
 
     def plan(self, shape: StepShape, req_slots: Tensor, out_locs: Tensor) -> None:
         """See AttentionBackend."""
@@ -96,29 +104,51 @@ class TorchNativeAttention:
             self._plan_prefill(int(ends[b]), int(query_lens[b]), int(kv_lens[b]), req_slots[b])
             for b in np.flatnonzero(query_lens > 1)
         ]
+        if self._dense is not None:
+            self._plan_dense(self._dense, everything)
+
+    def _plan_dense(self, dense: DenseCache, only_decodes: bool) -> None:
+        if not only_decodes:
+            dense.end()
+            return
+        decodes = self._decodes[0]
+        pool_rows = len(self.kv_pool.layer(0)[0])
+        decodes.dense = dense.plan(decodes.locs, decodes.last, decodes.visible is not None, pool_rows)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int, scale: float) -> Tensor:
         """See AttentionBackend."""
         k_pool, v_pool = self.kv_pool.layer(layer_id)
         ops.store_kv(k, v, k_pool, v_pool, self._out_locs)
         if len(self._decodes) == 1 and self._decodes[0].rows is None:
-            return self._decode(q, k_pool, v_pool, self._decodes[0], scale)
+            return self._decode(q, k, v, (k_pool, v_pool), self._decodes[0], layer_id, scale)
         out = q.new_empty(len(q), q.shape[1] * q.shape[2])
         for decodes in self._decodes:
             assert decodes.rows is not None
-            out.index_copy_(0, decodes.rows, self._decode(q[decodes.rows], k_pool, v_pool, decodes, scale))
+            picked = self._decode(q[decodes.rows], k, v, (k_pool, v_pool), decodes, layer_id, scale)
+            out.index_copy_(0, decodes.rows, picked)
         for part in self._prefills:
             rows = slice(part.start, part.end)
             keys, values = (k[rows], v[rows]) if part.locs is None else self._gather(part.locs, k_pool, v_pool, q.dtype)
             self._prefill(q[rows], keys, values, part, scale, out[rows])
         return out
 
-    def _decode(self, q: Tensor, k_pool: Tensor, v_pool: Tensor, decodes: _Decodes, scale: float) -> Tensor:
-        shape = (*decodes.locs.shape, *k_pool.shape[1:])
-        keys, values = self._gather(decodes.locs.view(-1), k_pool, v_pool, q.dtype)
-        return ops.decode_attention(
-            q, keys.view(shape), values.view(shape), self._mask(decodes.visible, q.dtype), scale
-        )
+    def _decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pools: tuple[Tensor, Tensor],
+        decodes: _Decodes,
+        layer_id: int,
+        scale: float,
+    ) -> Tensor:
+        """`q`: rows of `decodes`; `k`, `v`: of the whole step."""
+        if decodes.dense and self._dense is not None:
+            keys, values = (t.to(q.dtype) for t in self._dense.layer(layer_id, k, v, pools))
+        else:
+            shape = (*decodes.locs.shape, *k.shape[1:])
+            keys, values = (t.view(shape) for t in self._gather(decodes.locs.view(-1), *pools, q.dtype))
+        return ops.decode_attention(q, keys, values, self._mask(decodes.visible, q.dtype), scale)
 
     def _prefill(self, q: Tensor, keys: Tensor, values: Tensor, part: _Prefill, scale: float, out: Tensor) -> None:
         for block in part.blocks:
@@ -138,10 +168,10 @@ class TorchNativeAttention:
             members, rows = self._upload(places)
             slots = req_slots[members]
         positions = first[:, None] + torch.arange(longest, device=self.device)
-        last = last[:, None]
-        locs = self._locations(slots[:, None], torch.minimum(positions, last))
+        locs = self._locations(slots[:, None], torch.minimum(positions, last[:, None]))
         padded = int(seen.min()) < longest
-        return _Decodes(rows, locs, (positions <= last)[:, None, None, :] if padded else None)
+        visible = (positions <= last[:, None])[:, None, None, :] if padded else None
+        return _Decodes(rows, locs, visible, last - first)
 
     def _plan_prefill(self, end: int, query_len: int, kv_len: int, slot: Tensor) -> _Prefill:
         start, prefix = end - query_len, kv_len - query_len

@@ -118,6 +118,7 @@ class SchedulerStats(msgspec.Struct, array_like=True, frozen=True):
 
     Fields:
         num_waiting_reqs: queued, retracted ones included; num_retracted_reqs: the retracted part of them.
+        num_waiting_tokens: known tokens of the queued requests.
         num_used_tokens: KV tokens owned by live requests; num_cached_tokens: evictable prefix-cache tokens.
         gen_throughput: output tokens per second over the last second or so.
         cache_hit_rate: cached prompt tokens / prompt tokens, of the recent past.
@@ -129,6 +130,7 @@ class SchedulerStats(msgspec.Struct, array_like=True, frozen=True):
     num_running_reqs: int = 0
     num_waiting_reqs: int = 0
     num_retracted_reqs: int = 0
+    num_waiting_tokens: int = 0
     paused: bool = False
     num_used_tokens: int = 0
     num_cached_tokens: int = 0
