@@ -25,7 +25,7 @@ def parse_bool(text: str) -> bool:
 
 
 class EnvVar(Generic[T]):
-    """One variable: name, parser, default. Call `get()`; truth-testing is refused so that a forgotten `.get()` fails."""
+    """One variable: name, parser, default. Call `get()`; truth-testing is refused a forgotten `.get()` fails."""
 
     def __init__(self, name: str, parse: Callable[[str], T], default: T, doc: str) -> None:
         self.name, self.parse, self.default, self.doc = name, parse, default, doc

@@ -1,7 +1,7 @@
 """One step on its way to the device: which tokens of which sequences, as host columns.
 
-Built by the planner, consumed by ModelRunner (columns) and OutputProcessor (requests). Sequences are in the same order in
-every column. Shape legend: T tokens, B sequences, R logit rows.
+Built by the planner, consumed by ModelRunner (columns) and OutputProcessor (requests). Sequences are in the same order
+in every column. Shape legend: T tokens, B sequences, R logit rows.
 """
 
 from __future__ import annotations

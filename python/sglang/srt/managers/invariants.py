@@ -1,4 +1,4 @@
-"""Accounting that must hold whenever the scheduler is idle; a violation is logged, counted and exported, never ignored."""
+"""Accounting that must hold whenever the scheduler is idle; a violation is logged, counted and exported."""
 
 from __future__ import annotations
 

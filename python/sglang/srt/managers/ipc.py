@@ -12,7 +12,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator
-from typing import Any, TypeVar
 from typing import Any
 
 import msgspec

@@ -1,7 +1,7 @@
 """Which request runs next, on how many tokens: the waiting queue, the running set and the memory estimate between them.
 
-Called by the scheduler: `next_step` before a launch, `commit` after it. The planner owns the three places a live request
-can be (waiting, partial, running) and is the only caller of KVManager's open/reserve/close.
+Called by the scheduler: `next_step` before a launch, `commit` after it. The planner owns the three places a live
+request can be (waiting, partial, running) and is the only caller of KVManager's open/reserve/close.
 
 Order of a step: prompts first (chunked to a token budget), else one token for every running sequence; with
 `mixed_chunk` both together. When decoding runs out of pages, the newest requests are retracted: the oldest one always
@@ -19,13 +19,13 @@ from sglang.srt.mem_cache.kv_manager import KVManager
 from sglang.srt.mem_cache.radix_cache import Match
 
 LPM_MAX_QUEUE = 128
-"""Beyond this many waiting requests, sorting them by matched prefix costs more than it saves: first come, first served."""
+"""Beyond this many waiting requests, sorting them by matched prefix costs more than it saves."""
 DEDUPE_TOKENS = 32
 """A prompt whose next this many tokens are being prefilled right now waits a step and finds them in the cache."""
 ESTIMATE_CLIP = 4096
 """Output tokens of one request that the memory estimate counts at most."""
 START_RATIO, MIN_RATIO, RATIO_STEPS = 0.7, 0.1, 600
-"""Share of the remaining output budget set aside per running request: falls from the first to the second in so many steps."""
+"""Share of the remaining output budget set aside per running request: from the first to the second in so many steps."""
 
 PrefixKey = tuple[int, bytes]
 """A cached prefix (its node) and the next DEDUPE_TOKENS tokens after it."""
@@ -120,7 +120,7 @@ class Planner:
     # ---- decode ----------------------------------------------------------------------------------------------------
 
     def _decodes(self, in_flight: bool) -> list[Segment] | None:
-        """One token for every running sequence that may still grow; None when results must be read before retracting."""
+        """One token for every running sequence that may grow; None when results must be read before retracting."""
         decay = (self._start_ratio - MIN_RATIO) / RATIO_STEPS
         self._ratio = max(min(MIN_RATIO, self._start_ratio), self._ratio - decay)
         segments = []

@@ -168,7 +168,7 @@ class Ready(msgspec.Struct, tag="ready", array_like=True, frozen=True):
 
 
 class Positions(msgspec.Struct, array_like=True, frozen=True):
-    """Per-position alternatives: `counts[i]` (int32) entries of `ids` (int32) / `logprobs` (float32) belong to position i.
+    """Per-position alternatives: `counts[i]` (int32) entries of `ids` (int32), `logprobs` (float32) are position i's.
 
     A count of 0 stands for "not available" (the first prompt position).
     """
@@ -182,7 +182,7 @@ class RowLogprobs(msgspec.Struct, array_like=True, frozen=True):
     """Log-probability extras of one row; each field is None when not asked for or not part of this message.
 
     Fields:
-        input_logprobs: packed float32, one per prompt position from `logprob_start`; NaN for position 0, which has none.
+        input_logprobs: packed float32, one per prompt position from `logprob_start`; NaN for position 0 (none).
         input_top, input_ids: alternatives at those positions (same length).
         output_top, output_ids: alternatives for this message's new tokens.
     """
