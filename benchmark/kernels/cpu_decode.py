@@ -4,8 +4,8 @@
 
 Decode is one token for every sequence of the batch, from `--context` tokens on: plan, forward and logits here,
 `generate` with a static batch there; either way the clock is read once a step, after the token is chosen. Systems take
-turns, and the quickest step of `--rounds` counts: other load on the machine only ever adds time. With `--threads 1` the clock is CPU time,
-which a busy machine disturbs least. `--reference` runs every op's torch reference.
+turns, and the quickest step of `--rounds` counts: other load on the machine only ever adds time. With `--threads 1` the
+clock is CPU time, which a busy machine disturbs least. `--reference` runs every op's torch reference.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from sglang.srt.mem_cache.kv_pool import KVPool
 from sglang.srt.mem_cache.req_table import ReqTable
 from sglang.srt.model_executor.forward_context import ForwardContext, StepShape
 from sglang.srt.model_loader.loader import load_model
-from sglang.srt.ops.linear import linear
+from sglang.srt.ops.linear import dense_linear
 
 CPU = torch.device("cpu")
 DECODE_STEPS = 8
@@ -148,7 +148,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.reference:
-        linear.kernels.clear()
+        dense_linear.kernels.clear()
     path = resolve_model_path(options.model)
     # A pool with room to spare, as a server has it.
     most = 8 * max(max(options.batch) * (options.context + DECODE_STEPS), options.prefill)

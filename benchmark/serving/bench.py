@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import json
 import platform
+import signal
 import sys
 import tempfile
 import time
@@ -49,6 +50,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prefill-len", type=int, default=512, help="tokens of a prefill prompt (default: %(default)s)")
     add("--prefill-requests", type=int, default=4, help="(default: %(default)s)")
     add("--no-stream", action="store_true", help="ask servers for whole replies; no time to first token then")
+    add("--wait-quiet", type=float, default=0, metavar="SECONDS", help="before each system, wait for an idle machine")
     add("--seed", type=int, default=0, help="order of the prompts (default: %(default)s)")
     add("--log-dir", type=Path, default=LOG_DIR, help="output of started systems (default: %(default)s)")
     add("--output-file", type=Path, help="append the JSON line to this file too")
@@ -131,6 +133,8 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
             work = Round(prompts, arguments)
             rounds.append({})
             for system in systems:
+                if not await machine.wait_until_quiet(arguments.wait_quiet):
+                    note("the machine is busy with other things; measuring all the same")
                 rounds[-1][system.name] = phases = await work.measure(system)
                 speeds = ", ".join(f"{phase} {f['tokens_per_s']:.1f} tok/s" for phase, f in phases.items())
                 note(f"round {number + 1}/{arguments.rounds} {system.name}: {speeds}; load {machine.load_average()[0]}")
@@ -173,6 +177,10 @@ def report(
         "baseline": baseline,
         "systems": figures,
         "ratios": ratios,
+        "rounds": [
+            {name: {p: round(f["tokens_per_s"], 1) for p, f in phases.items()} for name, phases in r.items()}
+            for r in rounds
+        ],
     }
 
 
@@ -184,6 +192,7 @@ def note(text: str) -> None:
 def main() -> int:
     """Run and print; 1 when a system failed."""
     arguments = parse_arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that started systems are ended, not left frozen
     try:
         result = asyncio.run(run(arguments))
     except SystemFailed as error:

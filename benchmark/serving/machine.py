@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import platform
@@ -13,6 +14,8 @@ from typing import Any
 
 import psutil
 
+QUIET_WINDOW = 3.0
+QUIET_CORES = 0.2
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -97,3 +100,14 @@ class CpuMeter:
 def _busy_seconds() -> float:
     times = psutil.cpu_times()
     return sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
+
+
+async def wait_until_quiet(limit: float) -> bool:
+    """Wait until the whole machine has used less than `QUIET_CORES` over a window; False when `limit` seconds pass."""
+    deadline = time.monotonic() + limit
+    while time.monotonic() < deadline:
+        before = _busy_seconds()
+        await asyncio.sleep(QUIET_WINDOW)
+        if (_busy_seconds() - before) / QUIET_WINDOW < QUIET_CORES:
+            return True
+    return limit <= 0

@@ -23,7 +23,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         medians = [s["median"] for s in speeds]
         whiskers = [[s["median"] - s["min"] for s in speeds], [s["max"] - s["median"] for s in speeds]]
         bars = panel.bar(list(systems), medians, yerr=whiskers, capsize=4, color="#4878a8")
-        panel.bar_label(bars, fmt="%.0f", label_type="center", color="white")
+        panel.bar_label(bars, fmt="%.0f", padding=2)
         panel.set_title("prefill" if phase == "prefill" else f"{phase[1:]} concurrent")
         panel.tick_params(axis="x", rotation=30)
     panels[0][0].set_ylabel("tokens/s")

@@ -65,6 +65,11 @@ class Bench:
             torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-6)
 
 
+@pytest.fixture(autouse=True)
+def _small_batches_are_copied_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense_cache, "MIN_TOKENS", 0)
+
+
 HEADS = [(4, 4), (6, 2), (3, 1)]
 
 
@@ -217,3 +222,14 @@ def test_churn_in_random_order_stays_right() -> None:
             bench.step([(slots[0], int(rng.integers(2, 9)))])
         for _ in range(int(rng.integers(1, 6))):
             bench.step([(s, 1) for s in slots])
+
+
+def test_small_batches_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dense_cache, "MIN_TOKENS", 24)
+    bench = Bench(4, 2, 1, None)
+    bench.step([(0, 9), (1, 9)])
+    served = []
+    for _ in range(5):
+        bench.step([(0, 1), (1, 1)])
+        served.append(dense_locs(bench) is not None)
+    assert served == [False, False, True, True, True]

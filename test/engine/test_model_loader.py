@@ -19,6 +19,7 @@ from sglang.srt.config.sections import LoadSection
 from sglang.srt.errors import ConfigError, WeightError
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.models.decoder import DecoderForCausalLM
+from sglang.srt.ops.packed import PackedWeight
 
 CPU = torch.device("cpu")
 GGUF_LAYER = {
@@ -159,7 +160,8 @@ def test_bfloat16_checkpoint_is_widened_exactly(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     model = load(tmp_path)
     qkv = torch.cat([tensors[f"model.layers.1.self_attn.{x}_proj.weight"] for x in "qkv"]).float()
-    assert torch.equal(model.parameters["layers.1.qkv"], qkv)
+    loaded = model.parameters["layers.1.qkv"]
+    assert torch.equal(loaded.unpack() if isinstance(loaded, PackedWeight) else loaded, qkv)
 
 
 def test_no_weights_and_broken_files(tmp_path: Path) -> None:

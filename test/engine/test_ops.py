@@ -13,7 +13,7 @@ from sglang.srt.errors import ConfigError
 from sglang.srt.layers.rotary import RotaryEmbedding
 from sglang.srt.ops import attention
 from sglang.srt.ops.activation import silu_and_mul
-from sglang.srt.ops.linear import linear, linear_reference
+from sglang.srt.ops.linear import dense_linear, linear_reference
 from sglang.srt.ops.norm import fused_add_rms_norm, rms_norm
 from sglang.srt.ops.op import Op
 from sglang.srt.ops.rope import rotate_
@@ -76,14 +76,18 @@ def test_linear(rows: int, outputs: int, bias: bool) -> None:
     x, weight = torch.randn(rows, 48), torch.randn(outputs, 48)
     b = torch.randn(outputs) if bias else None
     expected = x.double() @ weight.double().t() + (0 if b is None else b.double())
-    for y in (linear(x, weight, b), linear(x.t().contiguous().t(), weight, b), linear_reference(x, weight, b)):
+    for y in (
+        dense_linear(x, weight, b),
+        dense_linear(x.t().contiguous().t(), weight, b),
+        linear_reference(x, weight, b),
+    ):
         assert y.shape == (rows, outputs)
         close(y, expected, atol=2e-5)
 
 
 def test_linear_bfloat16() -> None:
     x, weight = torch.randn(16, 64).bfloat16(), torch.randn(32, 64).bfloat16()
-    assert torch.equal(linear(x, weight), F.linear(x, weight))
+    assert torch.equal(dense_linear(x, weight), F.linear(x, weight))
 
 
 def test_op_falls_back_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -6,12 +6,15 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sglang.srt.config.model_config import ModelConfig
 from sglang.srt.errors import WeightError
+from sglang.srt.models.weight_map import Parameter
+from sglang.srt.ops.packed import BLOCK, FORMATS, PackedWeight
 from sglang.srt.utils.gguf_file import GGUFFile, open_gguf
 
 GGUF_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -32,8 +35,11 @@ GGUF_DERIVED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_s
 """Tensors of GGUF files that ModelConfig has read already."""
 
 
-def safetensors_weights(directory: str) -> Iterator[tuple[str, Tensor]]:
+def safetensors_weights(directory: str, pack: bool = False) -> Iterator[tuple[str, Parameter]]:
     """Every tensor of a directory's safetensors files, of one file or of the shards its index lists.
+
+    Args:
+        pack: leave bfloat16 matrices packed.
 
     Raises:
         WeightError: there are none, a listed shard is missing, or a file is damaged; the message names it.
@@ -42,7 +48,8 @@ def safetensors_weights(directory: str) -> Iterator[tuple[str, Tensor]]:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - a safe_open handle is not iterable
-                    yield name, file.get_tensor(name)
+                    tensor = file.get_tensor(name)
+                    yield name, _packed_bf16(tensor) if pack else tensor
         except SafetensorError as error:
             raise WeightError(f"{path} cannot be read as safetensors: {error}") from error
 
@@ -61,24 +68,36 @@ def _safetensors_files(directory: Path) -> list[Path]:
     return files
 
 
-def gguf_weights(path: str, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+def gguf_weights(path: str, config: ModelConfig, pack: bool = False) -> Iterator[tuple[str, Parameter]]:
     """Every tensor of a GGUF file under its HF name, dequantised to float32.
 
     A name that has no HF counterpart keeps its own, so that the loader reports it.
+
+    Args:
+        pack: leave matrices packed whose format `ops.packed` knows.
     """
     file = open_gguf(path)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     for name in file.tensor_names():
         if name in GGUF_DERIVED:
             continue
-        tensor = _read(file, name)
+        tensor = _read(file, name, pack)
         part = name.split(".")[2] if name.startswith("blk.") else ""
         if file.architecture == "llama" and part in heads:
             tensor = _unpermute(tensor, heads[part])
         yield _hf_name(name), tensor
 
 
-def _read(file: GGUFFile, name: str) -> Tensor:
+def _packed_bf16(tensor: Tensor) -> Parameter:
+    if tensor.dtype != torch.bfloat16 or tensor.dim() != 2 or tensor.shape[1] % BLOCK:
+        return tensor
+    return PackedWeight("bf16", tensor.contiguous().view(torch.uint8))
+
+
+def _read(file: GGUFFile, name: str, pack: bool) -> Parameter:
+    kind, stored = file.stored(name)
+    if pack and kind in FORMATS and stored.ndim == 2 and stored.dtype == np.uint8:
+        return PackedWeight(kind, torch.from_numpy(stored.copy()))
     array = file.tensor(name)
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
@@ -91,7 +110,13 @@ def _hf_name(name: str) -> str:
     return f"{GGUF_NAMES[part]}.{ending}" if part in GGUF_NAMES else name
 
 
-def _unpermute(tensor: Tensor, num_heads: int) -> Tensor:
+def _unpermute(tensor: Parameter, num_heads: int) -> Parameter:
     """Undo llama.cpp's order of q and k rows (rotated pairs side by side) for HF's (halves side by side)."""
+    if isinstance(tensor, PackedWeight):
+        return PackedWeight(tensor.format, _unpermute_rows(tensor.data, num_heads))
+    return _unpermute_rows(tensor, num_heads)
+
+
+def _unpermute_rows(tensor: Tensor, num_heads: int) -> Tensor:
     pairs = tensor.shape[0] // num_heads // 2
     return tensor.view(num_heads, pairs, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)

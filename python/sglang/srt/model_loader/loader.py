@@ -16,6 +16,8 @@ from sglang.srt.model_executor.forward_context import resolve_dtype
 from sglang.srt.model_loader.checkpoints import gguf_weights, safetensors_weights
 from sglang.srt.models.decoder import DecoderForCausalLM
 from sglang.srt.models.registry import create_model
+from sglang.srt.models.weight_map import Parameter
+from sglang.srt.ops.packed import can_pack
 
 logger = logging.getLogger(__name__)
 
@@ -36,21 +38,23 @@ def load_model(config: ModelConfig, load: LoadSection, device: torch.device) -> 
     if load.load_format == "dummy":
         _fill_randomly(model, load.random_seed)
     else:
-        tensors = _with_progress(_read(config, load), len(model.weights.targets))
+        pack = device.type == "cpu" and load.dtype == "float32" and can_pack()
+        tensors = _with_progress(_read(config, load, pack), len(model.weights.targets))
         model.weights.load(model.parameters, tensors, load.path)
+        model.bind()
     size = sum(p.nbytes for p in model.parameters.values()) / (1 << 30)
     logger.info("loaded %s: %.2f GiB in %.1f s", load.path, size, time.perf_counter() - started)
     return model
 
 
-def _read(config: ModelConfig, load: LoadSection) -> Iterator[tuple[str, Tensor]]:
+def _read(config: ModelConfig, load: LoadSection, pack: bool) -> Iterator[tuple[str, Parameter]]:
     is_gguf = load.path.endswith(".gguf")
     if load.load_format not in ("auto", "gguf" if is_gguf else "safetensors"):
         raise ConfigError(f"--load-format {load.load_format} does not fit {load.path}; use auto")
-    return gguf_weights(load.path, config) if is_gguf else safetensors_weights(load.path)
+    return gguf_weights(load.path, config, pack) if is_gguf else safetensors_weights(load.path, pack)
 
 
-def _with_progress(tensors: Iterator[tuple[str, Tensor]], total: int) -> Iterator[tuple[str, Tensor]]:
+def _with_progress(tensors: Iterator[tuple[str, Parameter]], total: int) -> Iterator[tuple[str, Parameter]]:
     reported = time.perf_counter()
     for count, item in enumerate(tensors):
         yield item
@@ -63,6 +67,7 @@ def _fill_randomly(model: DecoderForCausalLM, seed: int) -> None:
     """Normal weights around 0, norms at 1; the same for the same seed on every device."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.parameters.items():
+        assert isinstance(parameter, Tensor)
         if name.endswith("norm"):
             parameter.fill_(1.0)
         else:

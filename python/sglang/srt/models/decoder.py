@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +16,9 @@ from torch import Tensor
 from sglang.srt.config.model_config import ModelConfig
 from sglang.srt.layers.rotary import RotaryEmbedding
 from sglang.srt.model_executor.forward_context import ForwardContext
-from sglang.srt.models.weight_map import Cut, Target, WeightMap
+from sglang.srt.models.weight_map import Cut, Parameter, Target, WeightMap
 from sglang.srt.ops.activation import silu_and_mul
-from sglang.srt.ops.linear import linear
+from sglang.srt.ops.linear import embedding, linear
 from sglang.srt.ops.norm import fused_add_rms_norm, rms_norm
 from sglang.srt.ops.rope import rotate_
 from sglang.srt.platforms.platform import allocate_weights
@@ -30,16 +31,16 @@ class Layer:
     """Weights of one block, q/k/v and gate/up each fused into one matrix; optional ones are None."""
 
     input_norm: Tensor
-    qkv: Tensor
+    qkv: Parameter
     qkv_bias: Tensor | None
     q_norm: Tensor | None
     k_norm: Tensor | None
-    out: Tensor
+    out: Parameter
     out_bias: Tensor | None
     post_norm: Tensor
-    gate_up: Tensor
+    gate_up: Parameter
     gate_up_bias: Tensor | None
-    down: Tensor
+    down: Parameter
     down_bias: Tensor | None
 
 
@@ -56,12 +57,16 @@ class DecoderForCausalLM:
         self.parameters = _allocate(self.weights.shapes(), dtype, device)
         self.rotary = RotaryEmbedding(config, dtype, device)
         self.scale = config.head_dim**-0.5
-        get = self.parameters.get
+        self.bind()
+
+    def bind(self) -> None:
+        """Hand the parameters out to the layers; called again when loading has replaced some by packed ones."""
+        get: Any = self.parameters.get
         names = Layer.__dataclass_fields__
-        self.layers = [Layer(*(get(f"layers.{i}.{n}") for n in names)) for i in range(config.num_hidden_layers)]  # type: ignore[arg-type]
+        self.layers = [Layer(*(get(f"layers.{i}.{n}") for n in names)) for i in range(self.config.num_hidden_layers)]
+        self.norm: Tensor = get("norm")
         self.embed_tokens = self.parameters["embed_tokens"]
-        self.norm = self.parameters["norm"]
-        self.lm_head = self.embed_tokens if config.tie_word_embeddings else self.parameters["lm_head"]
+        self.lm_head = self.embed_tokens if self.config.tie_word_embeddings else self.parameters["lm_head"]
 
     @staticmethod
     def weight_map(config: ModelConfig) -> WeightMap:
@@ -72,7 +77,7 @@ class DecoderForCausalLM:
         """Hidden states after the final norm, [T, H]."""
         eps = self.config.rms_norm_eps
         cos, sin = self.rotary.angles(ctx.positions)
-        residual = self.embed_tokens[ctx.input_ids]
+        residual = embedding(ctx.input_ids, self.embed_tokens)
         x = rms_norm(residual, self.layers[0].input_norm, eps)
         for index, layer in enumerate(self.layers):
             x = self._attention(layer, index, x, cos, sin, ctx)
@@ -101,7 +106,7 @@ class DecoderForCausalLM:
         return linear(ctx.attention.forward(q, k, v, index, self.scale), layer.out, layer.out_bias)
 
 
-def _allocate(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+def _allocate(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> dict[str, Parameter]:
     """Every parameter, a view of one allocation; each starts at a multiple of _ALIGNMENT elements."""
     sizes = [-(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT for shape in shapes.values()]
     pieces = allocate_weights(sum(sizes), dtype, device).split(sizes)

@@ -12,6 +12,9 @@ import msgspec
 from torch import Tensor
 
 from sglang.srt.errors import WeightError
+from sglang.srt.ops.packed import PackedWeight, stack
+
+Parameter = Tensor | PackedWeight
 
 
 class Cut(Enum):
@@ -51,10 +54,13 @@ class WeightMap:
             shapes[target.parameter] = (rows, *target.shape[1:])
         return shapes
 
-    def load(self, parameters: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]], source: str) -> None:
+    def load(self, parameters: dict[str, Parameter], tensors: Iterable[tuple[str, Parameter]], source: str) -> None:
         """Copy a checkpoint into the parameters.
 
+        A parameter all of whose parts are packed in one format becomes packed; other packed parts are widened.
+
         Args:
+            parameters: dense tensors of the right shapes; entries are replaced by packed ones.
             tensors: (HF name, tensor) pairs; read one at a time.
             source: what error messages call the checkpoint.
 
@@ -63,22 +69,44 @@ class WeightMap:
         """
         problems: list[str] = []
         seen: set[str] = set()
+        packed: dict[str, dict[int, PackedWeight]] = {}
         for name, tensor in self._known(tensors, problems):
             target = self.targets[name]
             if tuple(tensor.shape) != target.shape:
                 problems.append(f"{name} has shape {list(tensor.shape)}, the model needs {list(target.shape)}")
             elif name in seen:
                 problems.append(f"{name} is there twice")
+            elif isinstance(tensor, PackedWeight):
+                packed.setdefault(target.parameter, {})[target.start] = tensor
             else:
-                parameters[target.parameter].narrow(0, target.start, target.shape[0]).copy_(tensor)
+                _fill(parameters, target.parameter, target.start, tensor)
             seen.add(name)
         problems += [f"{name} is missing" for name in self.targets if name not in seen]
         if problems:
             raise WeightError(f"{source} does not fit the model: " + "; ".join(problems))
+        for name, parts in packed.items():
+            _place(parameters, name, parts)
 
-    def _known(self, tensors: Iterable[tuple[str, Tensor]], problems: list[str]) -> Iterator[tuple[str, Tensor]]:
+    def _known(self, tensors: Iterable[tuple[str, Parameter]], problems: list[str]) -> Iterator[tuple[str, Parameter]]:
         for name, tensor in tensors:
             if name in self.targets:
                 yield name, tensor
             elif not name.endswith(self.ignored or ("\0",)):
                 problems.append(f"{name} {list(tensor.shape)} is unknown")
+
+
+def _fill(parameters: dict[str, Parameter], name: str, start: int, tensor: Tensor) -> None:
+    parameter = parameters[name]
+    assert isinstance(parameter, Tensor)
+    parameter.narrow(0, start, len(tensor)).copy_(tensor)
+
+
+def _place(parameters: dict[str, Parameter], name: str, parts: dict[int, PackedWeight]) -> None:
+    """Make a parameter packed when its packed parts are all of it and of one format, else widen them into place."""
+    ordered = [parts[start] for start in sorted(parts)]
+    whole = sum(part.shape[0] for part in ordered) == parameters[name].shape[0]
+    if whole and len({part.format for part in ordered}) == 1:
+        parameters[name] = stack(ordered)
+        return
+    for start, part in parts.items():
+        _fill(parameters, name, start, part.unpack())

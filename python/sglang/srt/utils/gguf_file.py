@@ -87,6 +87,12 @@ class GGUFFile:
             raise ConfigError(f"{self.path}: tensor {name} is {kind}, which cannot be dequantised ({error})") from error
         return np.asarray(values, dtype=np.float32).reshape(self.tensor_shape(name))
 
+    def stored(self, name: str) -> tuple[str, NDArray[Any]]:
+        """(type in lower case, e.g. ``q4_1``; the tensor as stored, a quantised one as uint8 [out, bytes of a row])."""
+        tensor = self._tensors[name]
+        kind: str = tensor.tensor_type.name.lower()
+        return kind, tensor.data
+
 
 def open_gguf(path: str) -> GGUFFile:
     """`GGUFFile(path)`, the last one kept: config and tokenizer of one start read the same metadata."""

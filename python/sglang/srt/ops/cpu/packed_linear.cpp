@@ -1,0 +1,222 @@
+// Products of float32 activations with weights kept in their stored format: y[T, O] = x[T, I] * w[O, I]^T.
+//
+// Decoding reads every weight for each step and is bound by memory, so weights stay as small as the checkpoint has them
+// and are widened in registers. The arithmetic is that of the widened weight in float32: only the order of additions
+// differs from a float32 product of the dequantised matrix.
+//
+// Built for the machine it runs on by ops/cpu/build.py; a plain C interface, called through ctypes. A row of weights is
+// contiguous: bfloat16 as it is, Q4_1 and Q8_0 as GGUF blocks of 32 (f16 scale, [f16 minimum,] quants).
+// Shape legend: T tokens, I inputs (a multiple of 32), O outputs.
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int kBlock = 32;
+
+// A tile is some rows of weights by some tokens, one accumulator each, sized to stay in the vector registers.
+#ifdef __AVX512F__
+constexpr int kLanes = 16, kRows = 4, kTokens = 4, kRowsForOneToken = 8;
+#else
+constexpr int kLanes = 8, kRows = 2, kTokens = 4, kRowsForOneToken = 4;
+#endif
+constexpr int64_t kChunk = 1 << 14;      // values that a thread unpacks at a time
+constexpr int kParts = kBlock / kLanes;  // vectors in a block
+
+typedef float VecF __attribute__((vector_size(kLanes * 4), aligned(4)));
+typedef int32_t VecI __attribute__((vector_size(kLanes * 4), aligned(4)));
+typedef uint8_t VecU8 __attribute__((vector_size(kLanes), aligned(1)));
+typedef int8_t VecI8 __attribute__((vector_size(kLanes), aligned(1)));
+typedef uint16_t VecU16 __attribute__((vector_size(kLanes * 2), aligned(1)));
+typedef uint32_t VecU32 __attribute__((vector_size(kLanes * 4), aligned(4)));
+
+template <typename V>
+inline V load(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+inline float half_to_float(const uint8_t* p) {
+  _Float16 h;
+  std::memcpy(&h, p, 2);
+  return static_cast<float>(h);
+}
+
+// kLanes bytes to floats. Spelled out where compilers do not find the widening instructions by themselves.
+#if defined(__AVX512F__)
+inline VecF widen(VecU8 q) { return (VecF)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32((__m128i)q)); }
+inline VecF widen(VecI8 q) { return (VecF)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)q)); }
+#elif defined(__AVX2__)
+inline VecF widen(VecU8 q) { return (VecF)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((__m128i*)&q))); }
+inline VecF widen(VecI8 q) { return (VecF)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((__m128i*)&q))); }
+#else
+inline VecF widen(VecU8 q) { return __builtin_convertvector(__builtin_convertvector(q, VecI), VecF); }
+inline VecF widen(VecI8 q) { return __builtin_convertvector(__builtin_convertvector(q, VecI), VecF); }
+#endif
+
+struct Float32 {
+  static constexpr int kBytes = 4 * kBlock;
+  static void widen_block(const uint8_t* p, VecF* out) {
+    for (int i = 0; i < kParts; ++i) out[i] = load<VecF>(p + 4 * kLanes * i);
+  }
+};
+
+struct BFloat16 {
+  static constexpr int kBytes = 2 * kBlock;
+  static void widen_block(const uint8_t* p, VecF* out) {
+    for (int i = 0; i < kParts; ++i) {
+      VecU32 bits = __builtin_convertvector(load<VecU16>(p + 2 * kLanes * i), VecU32) << 16;
+      std::memcpy(&out[i], &bits, sizeof(VecF));
+    }
+  }
+};
+
+struct Q8_0 {
+  static constexpr int kBytes = 2 + kBlock;
+  static void widen_block(const uint8_t* p, VecF* out) {
+    const float scale = half_to_float(p);
+    for (int i = 0; i < kParts; ++i) out[i] = widen(load<VecI8>(p + 2 + kLanes * i)) * scale;
+  }
+};
+
+// Byte j holds value j in its low and value j + 16 in its high half.
+struct Q4_1 {
+  static constexpr int kBytes = 4 + kBlock / 2;
+  static void widen_block(const uint8_t* p, VecF* out) {
+    const float scale = half_to_float(p), minimum = half_to_float(p + 2);
+    for (int i = 0; i < kParts / 2; ++i) {
+      const VecU8 q = load<VecU8>(p + 4 + kLanes * i);
+      out[i] = widen(static_cast<VecU8>(q & 15)) * scale + minimum;
+      out[i + kParts / 2] = widen(static_cast<VecU8>(q >> 4)) * scale + minimum;
+    }
+  }
+};
+
+inline float sum(VecF v) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
+// R rows of weights with N tokens. x is [N, inputs]; y points at [N, outputs].
+template <typename Format, int R, int N>
+void tile(const uint8_t* w, int64_t row_bytes, const float* x, int64_t inputs, const float* bias, float* y,
+          int64_t outputs) {
+  VecF acc[R][N] = {};
+  const int64_t blocks = inputs / kBlock;
+  for (int64_t b = 0; b < blocks; ++b) {
+    VecF weights[R][kParts];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) Format::widen_block(w + r * row_bytes + b * Format::kBytes, weights[r]);
+#pragma GCC unroll 16
+    for (int i = 0; i < kParts; ++i) {
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) {
+        const VecF value = load<VecF>(x + n * inputs + b * kBlock + i * kLanes);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) acc[r][n] += weights[r][i] * value;
+      }
+    }
+  }
+  for (int n = 0; n < N; ++n)
+    for (int r = 0; r < R; ++r) y[n * outputs + r] = sum(acc[r][n]) + (bias ? bias[r] : 0.0f);
+}
+
+// R rows of widened weights with all tokens.
+template <int R>
+void stripe(const float* w, const float* x, int64_t tokens, int64_t inputs, const float* bias, float* y,
+            int64_t outputs) {
+  const auto* bytes = reinterpret_cast<const uint8_t*>(w);
+  const int64_t row_bytes = inputs * 4;
+  int64_t t = 0;
+  for (; t + kTokens <= tokens; t += kTokens)
+    tile<Float32, R, kTokens>(bytes, row_bytes, x + t * inputs, inputs, bias, y + t * outputs, outputs);
+  for (; t + 2 <= tokens; t += 2)
+    tile<Float32, R, 2>(bytes, row_bytes, x + t * inputs, inputs, bias, y + t * outputs, outputs);
+  for (; t < tokens; ++t)
+    tile<Float32, R, 1>(bytes, row_bytes, x + t * inputs, inputs, bias, y + t * outputs, outputs);
+}
+
+template <typename Format>
+void widen_rows(const uint8_t* w, float* out, int64_t count) {
+  for (int64_t b = 0; b < count / kBlock; ++b) {
+    VecF values[kParts];
+    Format::widen_block(w + b * Format::kBytes, values);
+    std::memcpy(out + b * kBlock, values, sizeof(values));
+  }
+}
+
+// One token: every weight is used once, so it is widened in registers.
+template <typename Format, int R>
+void linear_one(const uint8_t* w, const float* x, const float* bias, float* y, int64_t inputs, int64_t outputs) {
+  const int64_t row_bytes = inputs / kBlock * Format::kBytes, whole = outputs / R;
+#pragma omp parallel for schedule(static)
+  for (int64_t p = 0; p < whole; ++p) {
+    const int64_t o = p * R;
+    tile<Format, R, 1>(w + o * row_bytes, row_bytes, x, inputs, bias ? bias + o : nullptr, y + o, outputs);
+  }
+  for (int64_t o = whole * R; o < outputs; ++o)
+    tile<Format, 1, 1>(w + o * row_bytes, row_bytes, x, inputs, bias ? bias + o : nullptr, y + o, outputs);
+}
+
+// Several tokens: a stripe of weights is widened once, into a buffer that stays in the cache, and used for all of them.
+template <typename Format, int R>
+void linear_many(const uint8_t* w, const float* x, const float* bias, float* y, int64_t tokens, int64_t inputs,
+                 int64_t outputs) {
+  const int64_t row_bytes = inputs / kBlock * Format::kBytes, whole = outputs / R;
+#pragma omp parallel
+  {
+    std::vector<float> widened(R * inputs);
+#pragma omp for schedule(static)
+    for (int64_t p = 0; p < whole; ++p) {
+      const int64_t o = p * R;
+      widen_rows<Format>(w + o * row_bytes, widened.data(), R * inputs);
+      stripe<R>(widened.data(), x, tokens, inputs, bias ? bias + o : nullptr, y + o, outputs);
+    }
+  }
+  std::vector<float> widened(inputs);
+  for (int64_t o = whole * R; o < outputs; ++o) {
+    widen_rows<Format>(w + o * row_bytes, widened.data(), inputs);
+    stripe<1>(widened.data(), x, tokens, inputs, bias ? bias + o : nullptr, y + o, outputs);
+  }
+}
+
+template <typename Format>
+void linear(const uint8_t* w, const float* x, const float* bias, float* y, int64_t tokens, int64_t inputs,
+            int64_t outputs) {
+  if (tokens == 1) {
+    linear_one<Format, kRowsForOneToken>(w, x, bias, y, inputs, outputs);
+  } else {
+    linear_many<Format, kRows>(w, x, bias, y, tokens, inputs, outputs);
+  }
+}
+
+template <typename Format>
+void unpack(const uint8_t* w, float* y, int64_t count) {
+  const int64_t chunks = (count + kChunk - 1) / kChunk;
+#pragma omp parallel for schedule(static)
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int64_t start = c * kChunk, size = count - start < kChunk ? count - start : kChunk;
+    widen_rows<Format>(w + start / kBlock * Format::kBytes, y + start, size);
+  }
+}
+
+}  // namespace
+
+#define SGL_EXPORT(name, Format)                                                                                   \
+  extern "C" void sgl_linear_##name(const uint8_t* w, const float* x, const float* bias, float* y, int64_t tokens, \
+                                    int64_t inputs, int64_t outputs) {                                             \
+    linear<Format>(w, x, bias, y, tokens, inputs, outputs);                                                        \
+  }                                                                                                                \
+  extern "C" void sgl_unpack_##name(const uint8_t* w, float* y, int64_t count) { unpack<Format>(w, y, count); }
+
+SGL_EXPORT(bf16, BFloat16)
+SGL_EXPORT(q8_0, Q8_0)
+SGL_EXPORT(q4_1, Q4_1)
