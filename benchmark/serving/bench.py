@@ -189,15 +189,24 @@ def note(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
+def _interrupt(number: int, frame: object) -> None:
+    """SIGTERM ends the run like Ctrl-C, once: systems that are frozen must still be ended."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def main() -> int:
     """Run and print; 1 when a system failed."""
     arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that started systems are ended, not left frozen
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         result = asyncio.run(run(arguments))
     except SystemFailed as error:
         note(str(error))
         return 1
+    except KeyboardInterrupt:
+        note("interrupted")
+        return 130
     line = json.dumps(result)
     print(line)
     if arguments.output_file:

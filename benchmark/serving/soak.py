@@ -1,8 +1,8 @@
 """A seeded client that abuses a server and then audits it: `python benchmark/serving/soak.py --url URL`.
 
-Sends `--requests` cases of `soak_cases` with `--concurrency` clients at once while a second task pauses, continues,
-flushes and aborts. Every reply is checked (`soak_checks`); afterwards requests, records and used pages must be zero,
-the scheduler's own accounting clean, and deterministic requests must give the tokens they gave under load.
+Sends `--requests` cases of `soak_cases` with `--concurrency` clients at once while `soak_control` pauses, continues,
+flushes and aborts. Every reply is checked (`soak_checks`); afterwards (`soak_audit`) requests, records and used pages
+must be zero, the scheduler's books clean, and deterministic requests must give the tokens they gave under load.
 Prints one JSON line; exits 1 when anything was wrong. The full run, on a small model and on a real one:
 
     python -m sglang.launch_server --model-path DIR --port 30000 --enable-metrics --max-total-tokens 4096
@@ -14,38 +14,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import random
-import re
 import sys
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import soak_checks as checks
+from soak_audit import Audit
 from soak_cases import Case, CaseMaker, Fate, Kind
+from soak_control import Controls, Outcome
 
 from sglang.benchmark.http_client import Exchange, HttpProtocolError, Reply, fetch
 
 REPLY_TIMEOUT = 120.0
-CONTROL_TIMEOUT = 30.0
-IDLE_TIMEOUT = 20.0
 MAX_EVENT_WAIT = 2.0
 FULL_QUEUE_PAUSE = 0.05
-MAX_REPLAYS = 20
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What came of the run: counts by what happened, and every violation with its case."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    violations: list[str] = field(default_factory=list)
-
-    def blame(self, where: str, problems: list[str]) -> None:
-        """Record violations."""
-        self.violations += [f"{where}: {problem}" for problem in problems]
 
 
 class Soak:
@@ -73,13 +55,10 @@ class Soak:
         timeout: float = REPLY_TIMEOUT,
     ) -> None:
         self.url, self.requests, self.concurrency = url, requests, concurrency
-        self.control_every, self.allow_full_queue = control_every, allow_full_queue
+        self.allow_full_queue = allow_full_queue
         self.seed, self.max_new_tokens, self.timeout = seed, max_new_tokens, timeout
         self.outcome = Outcome()
-        self._sent = 0
-        self._progress = asyncio.Event()
-        self._aborting = 0
-        self._last_abort = 0.0
+        self._controls = Controls(url, self.outcome, seed=seed + 1, every=control_every)
         self._repeatable: list[tuple[Case, Any]] = []
 
     async def run(self) -> Outcome:
@@ -87,12 +66,11 @@ class Soak:
         model = (await fetch(self.url, "GET", "/v1/models")).json()["data"][0]
         maker = CaseMaker(self.seed, model["id"], model["max_model_len"], max_new_tokens=self.max_new_tokens)
         cases = iter([maker.make(i) for i in range(self.requests)])
-        control = asyncio.create_task(self._control())
+        control = asyncio.create_task(self._controls.run())
 
         async def client() -> None:
             for case in cases:
-                self._sent += 1
-                self._progress.set()
+                self._controls.case_sent()
                 await self._run_case(case)
 
         try:
@@ -100,18 +78,16 @@ class Soak:
         finally:
             control.cancel()
             await asyncio.gather(control, return_exceptions=True)
-            await self._post("/continue_generation", {})
+            await self._controls.post("/continue_generation", {})
         if not control.cancelled() and control.exception() is not None:
             self.outcome.blame("control", [repr(control.exception())])
         try:
-            await self._audit()
+            await Audit(self._controls, self.timeout).run(self._repeatable, self.seed)
         except (OSError, HttpProtocolError, ValueError, KeyError) as error:
             self.outcome.blame(
                 "afterwards", [f"the audit failed, is the server alive? {type(error).__name__}: {error}"]
             )
         return self.outcome
-
-    # ---- one case ----------------------------------------------------------------------------------------------
 
     async def _run_case(self, case: Case) -> None:
         started = time.perf_counter()
@@ -178,12 +154,12 @@ class Soak:
         rid: str = case.body["rid"]
         body = {"rid": rid} if case.fate is Fate.ABORT else {"rid": rid[:-1], "prefix": True}
         if case.fate is Fate.ABORT_PREFIX:
-            await self._aborting_everything(self._post("/abort_request", body))
+            await self._controls.aborting_everything(self._controls.post("/abort_request", body))
         else:
-            await self._post("/abort_request", body)
+            await self._controls.post("/abort_request", body)
 
     def _abort_allowed(self, case: Case, started: float) -> bool:
-        return case.fate is not Fate.READ or self._aborting > 0 or self._last_abort >= started
+        return case.fate is not Fate.READ or self._controls.aborted_since(started)
 
     def _check_reply(self, case: Case, reply: Reply, abort_allowed: bool) -> list[str]:
         if case.kind is Kind.INVALID:
@@ -217,152 +193,6 @@ class Soak:
             self.outcome.counts["output_tokens"] += len(item["output_ids"])
         if case.repeatable and isinstance(result, dict) and result["meta_info"]["finish_reason"]["type"] != "abort":
             self._repeatable.append((case, result))
-
-    # ---- control operations ------------------------------------------------------------------------------------
-
-    async def _control(self) -> None:
-        rng = random.Random(self.seed + 1)
-        # What aborts everything is rarer, so that most requests still live to their own end.
-        operations: dict[Callable[[random.Random], Awaitable[None]], int] = {
-            self._pause_abort: 1,
-            self._pause_and_continue_at_once: 1,
-            self._abort_all: 1,
-            self._pause_retract: 3,
-            self._pause_in_place: 3,
-            self._flush: 3,
-            self._look_around: 2,
-        }
-        next_at = self.control_every
-        while True:
-            while self._sent < next_at:
-                self._progress.clear()
-                await self._progress.wait()
-            operation = rng.choices(list(operations), weights=list(operations.values()))[0]
-            self.outcome.counts[operation.__name__.lstrip("_")] += 1
-            await operation(rng)
-            next_at = self._sent + self.control_every
-
-    async def _pause_abort(self, rng: random.Random) -> None:
-        await self._aborting_everything(self._post("/pause_generation", {"mode": "abort"}))
-        await asyncio.sleep(rng.choice((0.0, 0.05)))
-        if rng.random() < 0.3:
-            await self._aborting_everything(self._post("/abort_request", {"abort_all": True}))
-        await self._expect("flush while paused (abort)", "POST", "/flush_cache", 200)
-        await self._expect("health while paused (abort)", "GET", "/health", 200)
-        await self._post("/continue_generation", {})
-
-    async def _pause_retract(self, rng: random.Random) -> None:
-        await self._post("/pause_generation", {"mode": "retract"})
-        await asyncio.sleep(rng.choice((0.0, 0.05)))
-        await self._expect("flush while paused (retract)", "POST", "/flush_cache", 200)
-        await self._post("/continue_generation", {})
-
-    async def _pause_in_place(self, rng: random.Random) -> None:
-        await self._post("/pause_generation", {"mode": "in_place"})
-        await asyncio.sleep(rng.choice((0.0, 0.05)))
-        await self._expect("health while paused (in_place)", "GET", "/health", 200)
-        if rng.random() < 0.1:
-            await self._aborting_everything(self._post("/abort_request", {"abort_all": True}))
-        await self._post("/continue_generation", {})
-
-    async def _pause_and_continue_at_once(self, rng: random.Random) -> None:
-        pause = self._aborting_everything(self._post("/pause_generation", {"mode": "abort"}))
-        await asyncio.gather(pause, self._post("/continue_generation", {"torch_empty_cache": False}))
-        await self._post("/continue_generation", {})
-
-    async def _abort_all(self, rng: random.Random) -> None:
-        await self._aborting_everything(self._post("/abort_request", {"abort_all": True}))
-
-    async def _flush(self, rng: random.Random) -> None:
-        target = rng.choice(("/flush_cache", "/flush_cache?timeout=0.2"))
-        reply = await self._control_reply(rng.choice(("GET", "POST")), target)
-        if reply is None:
-            return
-        if reply.status not in (200, 400) or (reply.status == 200) != reply.body.startswith(b"Cache flushed."):
-            self.outcome.blame("flush", [f"{reply.status} {reply.body[:200]!r}"])
-
-    async def _look_around(self, rng: random.Random) -> None:
-        for target in ("/health", "/model_info", "/server_info", "/get_load", "/v1/loads?include=all", "/v1/models"):
-            await self._expect("info", "GET", target, 200)
-
-    async def _aborting_everything(self, operation: Awaitable[Any]) -> None:
-        self._aborting += 1
-        try:
-            await operation
-        finally:
-            self._aborting -= 1
-            self._last_abort = time.perf_counter()
-
-    async def _post(self, target: str, body: dict[str, Any]) -> None:
-        await self._expect("control", "POST", target, 200, body)
-
-    async def _expect(self, what: str, method: str, target: str, status: int, body: Any = None) -> None:
-        reply = await self._control_reply(method, target, body)
-        if reply is not None and reply.status != status:
-            self.outcome.blame(what, [f"{method} {target} {body or ''} gave {reply.status}: {reply.body[:200]!r}"])
-
-    async def _control_reply(self, method: str, target: str, body: Any = None) -> Reply | None:
-        try:
-            return await asyncio.wait_for(fetch(self.url, method, target, body), CONTROL_TIMEOUT)
-        except (asyncio.TimeoutError, OSError, HttpProtocolError) as error:
-            self.outcome.blame("control", [f"{method} {target} {body or ''}: {type(error).__name__} {error}"])
-            return None
-
-    # ---- afterwards --------------------------------------------------------------------------------------------
-
-    async def _audit(self) -> None:
-        if left := await self._wait_idle():
-            self.outcome.blame("afterwards", [f"not idle after {IDLE_TIMEOUT:.0f} s: {left}"])
-        await self._expect("afterwards", "POST", "/flush_cache", 200)
-        scheduler = (await self._server_state())["scheduler"]
-        if scheduler["num_used_tokens"] or scheduler["num_cached_tokens"]:
-            self.outcome.blame("afterwards", [f"pages not free after a flush: {scheduler}"])
-        if scheduler["invariant_violations_total"]:
-            self.outcome.blame("afterwards", [f"invariant_violations_total {scheduler['invariant_violations_total']}"])
-        self.outcome.counts["retractions"] = scheduler["retractions_total"]
-        await self._audit_metrics()
-        for case, before in random.Random(self.seed).sample(self._repeatable, min(MAX_REPLAYS, len(self._repeatable))):
-            await self._replay(case, before)
-        await self._expect("afterwards", "GET", "/health", 200)
-
-    async def _wait_idle(self) -> dict[str, Any]:
-        deadline = time.perf_counter() + IDLE_TIMEOUT
-        while True:
-            loads = (await fetch(self.url, "GET", "/v1/loads?include=all")).json()["loads"]
-            state = await self._server_state()
-            left = {
-                "requests": sum(load["num_total_reqs"] for load in loads),
-                "used_tokens": sum(load["num_used_tokens"] for load in loads),
-                "records": state.get("num_live_requests", 0),
-            }
-            if not any(left.values()) or time.perf_counter() > deadline:
-                return {name: value for name, value in left.items() if value}
-            await asyncio.sleep(0.1)
-
-    async def _server_state(self) -> dict[str, Any]:
-        state: dict[str, Any] = (await fetch(self.url, "GET", "/server_info")).json()["internal_states"][0]
-        return state
-
-    async def _audit_metrics(self) -> None:
-        reply = await fetch(self.url, "GET", "/metrics")
-        if reply.status == 404:
-            return
-        for name in ("num_running_reqs", "num_queue_reqs", "num_used_tokens", "num_paused_reqs"):
-            values = re.findall(rf"^sglang:{name}(?:{{[^}}]*}})? (\S+)$", reply.body.decode(), re.MULTILINE)
-            if [float(v) for v in values] != [0.0]:
-                self.outcome.blame("metrics", [f"sglang:{name} is {values}, expected one 0"])
-
-    async def _replay(self, case: Case, before: Any) -> None:
-        body = {name: value for name, value in case.body.items() if name not in ("stream", "rid")}
-        reply = await asyncio.wait_for(fetch(self.url, "POST", case.target, body), self.timeout)
-        if reply.status != 200:
-            self.outcome.blame(f"case {case.index} repeated", [f"status {reply.status}: {reply.body[:200]!r}"])
-            return
-        now = reply.json()
-        self.outcome.counts["replays"] += 1
-        if now["output_ids"] != before["output_ids"] or now["text"] != before["text"]:
-            ids = f"{before['output_ids']} then {now['output_ids']}"
-            self.outcome.blame(f"case {case.index} repeated", [f"other tokens: {ids} | {str(case.body)[:300]}"])
 
 
 def main() -> int:

@@ -12,9 +12,10 @@ from engine.test_ops import softmax_attention
 from torch import Tensor
 
 from sglang.srt.errors import ConfigError
-from sglang.srt.layers.attention import dense_cache, torch_native
+from sglang.srt.layers.attention import torch_native
 from sglang.srt.layers.attention.factory import create_attention_backend
 from sglang.srt.model_executor.forward_context import StepShape
+from sglang.srt.ops.cpu import kernels
 
 DIM, LAYERS, SCALE = 16, 2, 0.21
 
@@ -65,9 +66,11 @@ class Bench:
             torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-6)
 
 
-@pytest.fixture(autouse=True)
-def _small_batches_are_copied_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense_cache, "MIN_TOKENS", 0)
+@pytest.fixture(autouse=True, params=["kernel", "torch"])
+def _implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything with the compiled decode kernel, where there is one, and without."""
+    if request.param == "torch":
+        monkeypatch.setattr(kernels, "load_library", lambda: None)
 
 
 HEADS = [(4, 4), (6, 2), (3, 1)]
@@ -144,75 +147,6 @@ def test_unknown_back_end_is_named() -> None:
         create_attention_backend("warp", NaNPool(1, 4, 1, 4, torch.float32, CPU), PageTable(1, 1, 1, 4, CPU), CPU)
 
 
-# ---- the dense copy of a decode batch ----
-
-
-def dense_locs(bench: Bench) -> Tensor | None:
-    return bench.backend._dense._locs  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("lengths", [(5, 5, 5), (12, 3, 7), (1, 1, 1)])
-def test_a_batch_that_goes_on_is_served_from_its_copy(
-    lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dense_cache, "HEADROOM", 4)
-    bench = Bench(4, 2, 1, None)
-    bench.step(list(enumerate(lengths)))
-    served = []
-    for _ in range(14):
-        bench.step([(0, 1), (1, 1), (2, 1)])
-        served.append(dense_locs(bench) is not None)
-    # The second decode step shows that the batch goes on (lengths of 1: their first step was a decode already).
-    assert served == [lengths == (1, 1, 1)] + [True] * 13
-
-
-def test_any_other_step_ends_the_copy() -> None:
-    bench = Bench(4, 2, 4, None)
-    bench.step([(0, 9), (1, 14), (2, 2)])
-    everyone = [(0, 1), (1, 1), (2, 1)]
-
-    def go_on() -> None:
-        for _ in range(3):
-            bench.step(everyone)
-        assert dense_locs(bench) is not None
-
-    for other in ([(0, 3)], [(0, 1), (3, 5)], [(1, 1), (0, 1), (2, 1)], [(0, 1), (1, 1)], [(2, 1)]):
-        go_on()
-        bench.step(other)
-        assert dense_locs(bench) is None
-    go_on()
-
-
-def test_a_slot_taken_by_another_sequence_is_noticed() -> None:
-    """Same slots, lengths that fit, other pages: what a flush and a new prompt of the right length would look like."""
-    bench = Bench(4, 2, 1, None)
-    bench.step([(0, 6), (1, 6)])
-    for _ in range(3):
-        bench.step([(0, 1), (1, 1)])
-    keys, values = (list(tensors) for tensors in zip(*bench.history[1], strict=True))
-    rows = bench.table.locations(1, 0, 9)
-    moved = torch.tensor([bench.table.free.pop() for _ in rows])
-    bench.table.host[1, :9] = moved
-    for layer in range(LAYERS):
-        bench.pool.data[layer, 0, moved] = keys[layer] = keys[layer] * 2
-        bench.pool.data[layer, 1, moved] = values[layer] = values[layer] - 1
-    bench.history[1] = list(zip(keys, values, strict=True))
-    bench.step([(0, 1), (1, 1)])
-    assert dense_locs(bench) is None
-    bench.step([(0, 1), (1, 1)])
-
-
-def test_the_copy_never_takes_more_than_its_share_of_the_pool() -> None:
-    bench = Bench(4, 2, 1, None, capacity=700)
-    bench.step([(0, 40), (1, 40), (2, 90)])
-    for _ in range(3):
-        bench.step([(0, 1), (1, 1), (2, 1)])
-    assert dense_locs(bench) is None
-    for _ in range(3):
-        bench.step([(0, 1), (1, 1)])
-    assert dense_locs(bench) is not None
-
-
 def test_churn_in_random_order_stays_right() -> None:
     rng = np.random.default_rng(4)
     bench = Bench(4, 2, 4, None)
@@ -222,14 +156,3 @@ def test_churn_in_random_order_stays_right() -> None:
             bench.step([(slots[0], int(rng.integers(2, 9)))])
         for _ in range(int(rng.integers(1, 6))):
             bench.step([(s, 1) for s in slots])
-
-
-def test_small_batches_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dense_cache, "MIN_TOKENS", 24)
-    bench = Bench(4, 2, 1, None)
-    bench.step([(0, 9), (1, 9)])
-    served = []
-    for _ in range(5):
-        bench.step([(0, 1), (1, 1)])
-        served.append(dense_locs(bench) is not None)
-    assert served == [False, False, True, True, True]

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 
 from sglang.srt.models.weight_map import Cut, Target, WeightMap
 from sglang.srt.ops import packed
+from sglang.srt.ops.activation import silu_and_mul, silu_and_mul_reference
 from sglang.srt.ops.linear import embedding, linear
+from sglang.srt.ops.norm import add_rms_norm_reference, fused_add_rms_norm
 from sglang.srt.ops.packed import MAX_KERNEL_ROWS, PackedWeight, stack, unpack_reference
 
 FORMATS = sorted(packed.FORMATS)
@@ -86,3 +88,15 @@ def test_parts_of_different_formats_are_widened() -> None:
     weight_map().load(parameters, list(parts.items()), "test")
     want = torch.cat([unpack_reference(parts["q"]), unpack_reference(parts["k"]), parts["v"]])
     torch.testing.assert_close(parameters["qkv"], want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("size", [8, 33, 576])
+def test_fused_operators_equal_their_references(rows: int, size: int) -> None:
+    x, residual, weight = torch.randn(rows, size), torch.randn(rows, size), torch.randn(size)
+    want_residual = residual.clone()
+    want = add_rms_norm_reference(x, want_residual, weight, 1e-5)
+    torch.testing.assert_close(fused_add_rms_norm(x, residual, weight, 1e-5), want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(residual, want_residual)
+    gate_up = torch.randn(rows, 2 * size) * 4
+    torch.testing.assert_close(silu_and_mul(gate_up), silu_and_mul_reference(gate_up), rtol=1e-5, atol=1e-6)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from sglang.srt.ops.cpu import kernels
 
-def silu_and_mul(gate_up: Tensor) -> Tensor:
+
+def silu_and_mul_reference(gate_up: Tensor) -> Tensor:
     """silu(gate) * up.
 
     Args:
@@ -17,3 +19,8 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     """
     size = gate_up.shape[-1] // 2
     return F.silu(gate_up[:, :size]).mul_(gate_up[:, size:])
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """`silu_and_mul_reference`, by a kernel where there is one."""
+    return kernels.silu_and_mul(gate_up) if kernels.usable(gate_up) else silu_and_mul_reference(gate_up)

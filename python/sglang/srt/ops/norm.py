@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sglang.srt.ops.cpu import kernels
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension.
@@ -20,10 +22,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (x * norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()).mul_(weight)
 
 
-def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Add `x` to `residual` in place and normalise the sum.
 
     Args:
         x, residual: [T, H]; residual is overwritten with residual + x.
     """
     return rms_norm(residual.add_(x), weight, eps)
+
+
+def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`add_rms_norm_reference`, by a kernel where there is one."""
+    if kernels.usable(x, residual):
+        return kernels.add_rms_norm(x, residual, weight, eps)
+    return add_rms_norm_reference(x, residual, weight, eps)

@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sglang.srt.layers.attention.dense_cache import DenseCache
 from sglang.srt.model_executor.forward_context import KVPoolView, PageTableView, StepShape
 from sglang.srt.ops import attention as ops
+from sglang.srt.ops.cpu import kernels
 
 _QUERY_BLOCK = 512
 """Queries attended to under one mask: bounds it to 512 rows, and skips keys that none of them sees."""
@@ -33,14 +33,12 @@ class _Decodes:
         rows: token rows of the step, int64 [B]; None when they are all of them, in order.
         locs: pool rows they see, int64 [B, L]; visible: bool [B, 1, 1, L], None when nothing is padding.
         last: column of each one's new token, int64 [B].
-        dense: whether `DenseCache` has their KV.
     """
 
     rows: Tensor | None
     locs: Tensor
     visible: Tensor | None
     last: Tensor
-    dense: bool = False
 
 
 @dataclass(slots=True)
@@ -83,9 +81,6 @@ class TorchNativeAttention:
         self._prefills: list[_Prefill] = []
         self._masks: dict[int, Tensor] = {}
         self._workspace: tuple[Tensor, Tensor] | None = None
-        # It takes memory and reads locations on the host, which only a CPU has to spare. Under a window a sequence's
-        # columns move from step to step.
-        self._dense = DenseCache() if device.type == "cpu" and sliding_window is None else None
 
     def plan(self, shape: StepShape, req_slots: Tensor, out_locs: Tensor) -> None:
         """See AttentionBackend."""
@@ -104,27 +99,17 @@ class TorchNativeAttention:
             self._plan_prefill(int(ends[b]), int(query_lens[b]), int(kv_lens[b]), req_slots[b])
             for b in np.flatnonzero(query_lens > 1)
         ]
-        if self._dense is not None:
-            self._plan_dense(self._dense, everything)
-
-    def _plan_dense(self, dense: DenseCache, only_decodes: bool) -> None:
-        if not only_decodes:
-            dense.end()
-            return
-        decodes = self._decodes[0]
-        pool_rows = len(self.kv_pool.layer(0)[0])
-        decodes.dense = dense.plan(decodes.locs, decodes.last, decodes.visible is not None, pool_rows)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int, scale: float) -> Tensor:
         """See AttentionBackend."""
         k_pool, v_pool = self.kv_pool.layer(layer_id)
         ops.store_kv(k, v, k_pool, v_pool, self._out_locs)
         if len(self._decodes) == 1 and self._decodes[0].rows is None:
-            return self._decode(q, k, v, (k_pool, v_pool), self._decodes[0], layer_id, scale)
+            return self._decode(q, (k_pool, v_pool), self._decodes[0], scale)
         out = q.new_empty(len(q), q.shape[1] * q.shape[2])
         for decodes in self._decodes:
             assert decodes.rows is not None
-            picked = self._decode(q[decodes.rows], k, v, (k_pool, v_pool), decodes, layer_id, scale)
+            picked = self._decode(q[decodes.rows], (k_pool, v_pool), decodes, scale)
             out.index_copy_(0, decodes.rows, picked)
         for part in self._prefills:
             rows = slice(part.start, part.end)
@@ -132,22 +117,12 @@ class TorchNativeAttention:
             self._prefill(q[rows], keys, values, part, scale, out[rows])
         return out
 
-    def _decode(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        pools: tuple[Tensor, Tensor],
-        decodes: _Decodes,
-        layer_id: int,
-        scale: float,
-    ) -> Tensor:
-        """`q`: rows of `decodes`; `k`, `v`: of the whole step."""
-        if decodes.dense and self._dense is not None:
-            keys, values = (t.to(q.dtype) for t in self._dense.layer(layer_id, k, v, pools))
-        else:
-            shape = (*decodes.locs.shape, *k.shape[1:])
-            keys, values = (t.view(shape) for t in self._gather(decodes.locs.view(-1), *pools, q.dtype))
+    def _decode(self, q: Tensor, pools: tuple[Tensor, Tensor], decodes: _Decodes, scale: float) -> Tensor:
+        """Attention of one batch; `q` holds its rows only."""
+        if kernels.usable(q, pools[0]):
+            return kernels.decode_attention(q, pools, decodes.locs, decodes.last + 1, scale)
+        shape = (*decodes.locs.shape, *pools[0].shape[1:])
+        keys, values = (t.view(shape) for t in self._gather(decodes.locs.view(-1), *pools, q.dtype))
         return ops.decode_attention(q, keys, values, self._mask(decodes.visible, q.dtype), scale)
 
     def _prefill(self, q: Tensor, keys: Tensor, values: Tensor, part: _Prefill, scale: float, out: Tensor) -> None:

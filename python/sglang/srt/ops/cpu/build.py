@@ -1,8 +1,8 @@
 """Compiles the CPU kernels for the processor they run on, once per machine, and loads them.
 
-Called by ops/packed. The library is kept in the user's cache directory under a name that hashes source, compiler and
-processor, so a new one of any of the three is built anew. Without a C++ compiler there is no library, and the callers
-use torch.
+Called by ops/packed and ops/cpu/kernels. The library is kept in the user's cache directory under a name that hashes
+source, compiler and processor, so a new one of any of the three is built anew. Without a C++ compiler there is no
+library, and the callers use torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("packed_linear.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("packed_linear.cpp", "decode.cpp"))
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-std=c++17", "-fPIC", "-fopenmp", "-w")
 BUILD_SECONDS = 120
 
@@ -37,7 +37,7 @@ def load_library() -> ctypes.CDLL | None:
     # Loaded into this process by torch already: linking a second OpenMP would put two thread pools on the same cores.
     assert torch.backends.openmp.is_available()
     try:
-        path = _cache_directory() / f"packed_linear-{_fingerprint(compiler)}.so"
+        path = _cache_directory() / f"kernels-{_fingerprint(compiler)}.so"
         if not path.exists():
             _build(compiler, path)
         return ctypes.CDLL(str(path))
@@ -56,7 +56,7 @@ def _cache_directory() -> Path:
 
 def _fingerprint(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=BUILD_SECONDS).stdout
-    parts = [SOURCE.read_bytes(), version, " ".join(FLAGS).encode(), _processor().encode()]
+    parts = [*(source.read_bytes() for source in SOURCES), version, " ".join(FLAGS).encode(), _processor().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
@@ -73,11 +73,12 @@ def _build(compiler: str, path: Path) -> None:
     """Compile next to the target and move it there, so that a concurrent start never loads half a file."""
     logger.info("building CPU kernels for this processor (once)")
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-        object_file, library = Path(directory) / "kernel.o", Path(directory) / "kernel.so"
-        commands = (
-            [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(object_file)],
-            [compiler, "-shared", "-o", str(library), str(object_file)],
-        )
+        library = Path(directory) / "kernels.so"
+        objects = [str(Path(directory) / f"{source.stem}.o") for source in SOURCES]
+        commands = [
+            *([compiler, *FLAGS, "-c", str(s), "-o", o] for s, o in zip(SOURCES, objects, strict=True)),
+            [compiler, "-shared", "-o", str(library), *objects, "-lm"],
+        ]
         for command in commands:
             subprocess.run(command, check=True, capture_output=True, timeout=BUILD_SECONDS)
         os.replace(library, path)
