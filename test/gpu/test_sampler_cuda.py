@@ -41,7 +41,7 @@ def make_rows(kinds: list[int], device: torch.device) -> list[SamplingRow]:
     for kind in kinds:
         params = SamplingParams.from_dict(KINDS[kind])
         spec = params.resolve(vocab_size=VOCAB, eos_ids=(2,), max_new_tokens=64, seed=kind)
-        penalties = PenaltyState.create(spec, [1, 2, 3, 3], [9, 9, 4], VOCAB, device)
+        penalties = PenaltyState.create(spec, [9, 9, 4], VOCAB, device)
         rows.append(SamplingRow(spec, 3, penalties, True, top_logprobs_num=kind, token_ids_logprob=(kind, 7)))
     return rows
 

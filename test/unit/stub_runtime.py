@@ -73,6 +73,7 @@ class StubManager:
         self.disconnected = asyncio.Event()
         self.hang = False
         self.num_held = 0
+        self.records: dict[int, Any] = {}
 
     async def _serve(self, obj: Any, request: Any, items: list[Any]) -> Any:
         self.requests.append(obj)

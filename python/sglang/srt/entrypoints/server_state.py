@@ -96,6 +96,7 @@ async def server_info(runtime: Runtime) -> dict[str, Any]:
         },
         "effective_max_running_requests_per_dp": ready.max_running_requests,
         "paused": runtime.manager.paused,
+        "num_live_requests": len(runtime.manager.records),
         "scheduler": msgspec.structs.asdict(stats),
     }
     scheduler = {"status": "ready", **msgspec.structs.asdict(ready), "max_req_len": ready.context_length}
