@@ -41,7 +41,7 @@ def test_kernel_unpacks_as_the_reference(kind: str, outputs: int, inputs: int) -
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 9, 16, MAX_KERNEL_ROWS, MAX_KERNEL_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 9, 10, 16, 17, 33, 49, MAX_KERNEL_ROWS, MAX_KERNEL_ROWS + 1])
 @pytest.mark.parametrize(("outputs", "inputs", "bias"), [(1, 32, True), (13, 96, False), (131, 576, True)])
 def test_product_equals_the_reference(kind: str, rows: int, outputs: int, inputs: int, bias: bool) -> None:
     weight, x = make(kind, outputs, inputs), torch.randn(rows, inputs)

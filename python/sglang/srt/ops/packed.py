@@ -19,7 +19,7 @@ from sglang.srt.ops.cpu.build import load_library
 
 BLOCK = 32
 """Inputs per block of every format; matrices with another width are not packed."""
-MAX_KERNEL_ROWS = 64
+MAX_KERNEL_ROWS = 96
 """Beyond this many activations a product is bound by arithmetic: widening once and torch's GEMM are faster."""
 
 

@@ -8,8 +8,11 @@
 // contiguous: bfloat16 as it is, Q4_1 and Q8_0 as GGUF blocks of 32 (f16 scale, [f16 minimum,] quants).
 // Shape legend: T tokens, I inputs (a multiple of 32), O outputs.
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <type_traits>
 #include <vector>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
@@ -23,9 +26,14 @@ constexpr int kBlock = 32;
 // A tile is some rows of weights by some tokens, one accumulator each, sized to stay in the vector registers.
 #ifdef __AVX512F__
 constexpr int kLanes = 16, kRows = 4, kTokens = 4, kRowsForOneToken = 8;
+constexpr int kPanelRows[] = {16, 12, 8};  // by vectors of tokens
 #else
 constexpr int kLanes = 8, kRows = 2, kTokens = 4, kRowsForOneToken = 4;
+constexpr int kPanelRows[] = {8, 6, 4};
 #endif
+constexpr int64_t kPanelTokens = 3 * kLanes;
+constexpr int64_t kStripeRows = 48;      // outputs that a thread makes of a panel at a time
+constexpr int64_t kManyTokens = 10;      // from here on, lanes without a token cost less than sums across lanes
 constexpr int64_t kChunk = 1 << 14;      // values that a thread unpacks at a time
 constexpr int kParts = kBlock / kLanes;  // vectors in a block
 
@@ -166,10 +174,10 @@ void linear_one(const uint8_t* w, const float* x, const float* bias, float* y, i
     tile<Format, 1, 1>(w + o * row_bytes, row_bytes, x, inputs, bias ? bias + o : nullptr, y + o, outputs);
 }
 
-// Several tokens: a stripe of weights is widened once, into a buffer that stays in the cache, and used for all of them.
+// A few tokens: a stripe of weights is widened once, into a buffer that stays in the cache, and used for all of them.
 template <typename Format, int R>
-void linear_many(const uint8_t* w, const float* x, const float* bias, float* y, int64_t tokens, int64_t inputs,
-                 int64_t outputs) {
+void linear_few(const uint8_t* w, const float* x, const float* bias, float* y, int64_t tokens, int64_t inputs,
+                int64_t outputs) {
   const int64_t row_bytes = inputs / kBlock * Format::kBytes, whole = outputs / R;
 #pragma omp parallel
   {
@@ -188,13 +196,106 @@ void linear_many(const uint8_t* w, const float* x, const float* bias, float* y, 
   }
 }
 
+// Many tokens: they lie across the lanes, in panels [inputs][V * kLanes], so that no sum crosses lanes. R rows of
+// weights by one panel; a block of each is widened into a buffer of the stack, from which every value is broadcast.
+template <typename Format, int R, int V>
+void panel_tile(const uint8_t* w, int64_t row_bytes, const float* panel, int64_t inputs, const float* bias, float* y,
+                int64_t tokens, int64_t outputs) {
+  VecF acc[R][V] = {};
+  for (int64_t b = 0; b < inputs / kBlock; ++b) {
+    alignas(64) float widened[R][kBlock];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      VecF values[kParts];
+      Format::widen_block(w + r * row_bytes + b * Format::kBytes, values);
+      std::memcpy(widened[r], values, sizeof(values));
+    }
+#pragma GCC unroll 1
+    for (int i = 0; i < kBlock; ++i, panel += V * kLanes) {
+      VecF value[V];
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) value[v] = load<VecF>(panel + v * kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) acc[r][v] += value[v] * widened[r][i];
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    float row[V * kLanes];
+    std::memcpy(row, acc[r], sizeof(row));
+    for (int64_t t = 0; t < tokens; ++t) y[t * outputs + r] = row[t] + (bias ? bias[r] : 0.0f);
+  }
+}
+
+// `rows` rows of weights by one panel.
+template <typename Format, int V>
+void panel_stripe(const uint8_t* w, int64_t rows, int64_t row_bytes, const float* panel, int64_t inputs,
+                  const float* bias, float* y, int64_t tokens, int64_t outputs) {
+  constexpr int R = kPanelRows[V - 1];
+  int64_t r = 0;
+  for (; r + R <= rows; r += R)
+    panel_tile<Format, R, V>(w + r * row_bytes, row_bytes, panel, inputs, bias ? bias + r : nullptr, y + r, tokens,
+                             outputs);
+  for (; r < rows; ++r)
+    panel_tile<Format, 1, V>(w + r * row_bytes, row_bytes, panel, inputs, bias ? bias + r : nullptr, y + r, tokens,
+                             outputs);
+}
+
+// The first `tokens` rows of x as a panel of V vectors; lanes past the last token are zero.
+template <int V>
+void fill_panel(const float* x, int64_t tokens, int64_t inputs, float* panel) {
+  std::memset(panel, 0, inputs * V * kLanes * sizeof(float));
+  for (int64_t i = 0; i < inputs; i += kBlock)
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t j = i; j < i + kBlock; ++j) panel[j * V * kLanes + t] = x[t * inputs + j];
+}
+
+// f(integral constant V, first token, tokens) for panel p of a batch.
+template <typename F>
+void with_panel(int64_t p, int64_t tokens, F f) {
+  const int64_t first = p * kPanelTokens, count = std::min(tokens - first, kPanelTokens);
+  if (count > 2 * kLanes) return f(std::integral_constant<int, 3>(), first, count);
+  if (count > kLanes) return f(std::integral_constant<int, 2>(), first, count);
+  f(std::integral_constant<int, 1>(), first, count);
+}
+
+template <typename Format>
+void linear_many(const uint8_t* w, const float* x, const float* bias, float* y, int64_t tokens, int64_t inputs,
+                 int64_t outputs) {
+  const int64_t row_bytes = inputs / kBlock * Format::kBytes;
+  const int64_t panels = (tokens + kPanelTokens - 1) / kPanelTokens;
+  const int64_t stripes = (outputs + kStripeRows - 1) / kStripeRows;
+  std::unique_ptr<float[]> packed(new float[panels * kPanelTokens * inputs]);
+#pragma omp parallel
+  {
+#pragma omp for schedule(static)
+    for (int64_t p = 0; p < panels; ++p)
+      with_panel(p, tokens, [&](auto v, int64_t first, int64_t count) {
+        fill_panel<v()>(x + first * inputs, count, inputs, packed.get() + first * inputs);
+      });
+#pragma omp for schedule(static)
+    for (int64_t s = 0; s < stripes; ++s) {
+      const int64_t o = s * kStripeRows, rows = std::min(outputs - o, kStripeRows);
+      for (int64_t p = 0; p < panels; ++p)
+        with_panel(p, tokens, [&](auto v, int64_t first, int64_t count) {
+          panel_stripe<Format, v()>(w + o * row_bytes, rows, row_bytes, packed.get() + first * inputs, inputs,
+                                    bias ? bias + o : nullptr, y + first * outputs + o, count, outputs);
+        });
+    }
+  }
+}
+
 template <typename Format>
 void linear(const uint8_t* w, const float* x, const float* bias, float* y, int64_t tokens, int64_t inputs,
             int64_t outputs) {
   if (tokens == 1) {
     linear_one<Format, kRowsForOneToken>(w, x, bias, y, inputs, outputs);
+  } else if (tokens < kManyTokens) {
+    linear_few<Format, kRows>(w, x, bias, y, tokens, inputs, outputs);
   } else {
-    linear_many<Format, kRows>(w, x, bias, y, tokens, inputs, outputs);
+    linear_many<Format>(w, x, bias, y, tokens, inputs, outputs);
   }
 }
 
