@@ -43,6 +43,20 @@ BACK_MANAGERS = (
     "tp_worker",
 )
 
+# The half of lora that the front uses; nothing of it imports torch.
+SHARED_LORA = (
+    "adapter",
+    "adapter_config",
+    "adapter_reader",
+    "host_buffer",
+    "lease",
+    "lora_registry",
+    "safetensors_bytes",
+    "slots",
+    "target_modules",
+    "tensor_unpickler",
+)
+
 # Longest prefix wins. The back half of level 2 has an order of its own, behind the point.
 LEVELS: dict[str, tuple[float, str]] = {
     "sglang.version": (0, SHARED),
@@ -66,6 +80,7 @@ LEVELS: dict[str, tuple[float, str]] = {
     "sglang.srt.distributed": (2.2, BACK),
     "sglang.srt.layers": (2.3, BACK),
     "sglang.srt.sampling": (2.3, BACK),
+    **{f"sglang.srt.lora.{name}": (1, SHARED) for name in SHARED_LORA},
     "sglang.srt.lora": (2.4, BACK),
     "sglang.srt.models": (2.5, BACK),
     "sglang.srt.model_loader": (2.6, BACK),
@@ -81,7 +96,7 @@ LEVELS: dict[str, tuple[float, str]] = {
 }
 
 # Empty package files, which importing a submodule runs: they stand below everything.
-NAMESPACES = ("sglang.srt", "sglang.srt.managers", "sglang.srt.sampling")
+NAMESPACES = ("sglang.srt", "sglang.srt.lora", "sglang.srt.managers", "sglang.srt.sampling")
 
 # Third-party packages only some modules may import, wherever in the file the import stands.
 ONLY: dict[str, tuple[str, ...]] = {

@@ -29,6 +29,18 @@ class RequestError(SglangError, ValueError):
         self.err_type = err_type
 
 
+class AdapterError(RequestError):
+    """An adapter that cannot be loaded, found or unloaded.
+
+    Args:
+        code: what clients may branch on: adapter_not_found, invalid_adapter, path_unreadable, capacity, busy.
+    """
+
+    def __init__(self, code: str, message: str, status: int = HTTPStatus.BAD_REQUEST) -> None:
+        super().__init__(message, status)
+        self.code = code
+
+
 class ServiceUnavailableError(SglangError):
     """The server cannot take or finish the request now (queue full, draining, dead worker): HTTP 503."""
 

@@ -121,9 +121,31 @@ class ServerSection(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LoRASection(msgspec.Struct, frozen=True, kw_only=True):
-    """Adapters; `enabled` False until --enable-lora."""
+    """Adapters.
+
+    Fields:
+        max_loras_per_batch: adapter versions that run together; the base model needs none of these slots.
+        max_loaded_loras: adapters that have a name; the least recently used one beyond it is retired. None: no limit.
+        max_lora_rank: largest rank taken; None for any.
+        target_modules: suffixes of the modules an adapter may have (q_proj, …, embed_tokens, lm_head); None for all.
+        keep_last: versions kept of a family of names that differ in a trailing number; None keeps all.
+        root: directory that adapter paths must lie in; None for anywhere.
+        strict: a base_model_name_or_path that names another model is an error, not a warning.
+        require_adapter: requests must name an adapter.
+        preload: (name, path, pinned) of the adapters to load before the server is ready.
+    """
 
     enabled: bool = False
+    max_loras_per_batch: int = 8
+    max_loaded_loras: int | None = None
+    max_lora_rank: int | None = None
+    target_modules: tuple[str, ...] | None = None
+    eviction_policy: Literal["lru", "fifo"] = "lru"
+    keep_last: int | None = None
+    root: str | None = None
+    strict: bool = False
+    require_adapter: bool = False
+    preload: tuple[tuple[str, str, bool], ...] = ()
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,10 +11,9 @@ import asyncio
 import itertools
 from collections.abc import Callable
 
+from sglang.srt.lora.adapter import Adapter
 from sglang.srt.managers.io_struct import wire
 from sglang.srt.managers.io_struct.wire import CallReply, PauseMode
-
-Call = wire.PauseCall | wire.ContinueCall | wire.FlushCacheCall | wire.StatsCall
 
 
 class ControlClient:
@@ -51,6 +50,18 @@ class ControlClient:
         """Ask for the scheduler's state."""
         return self._call(wire.StatsCall)
 
+    def stage_adapter(self, version_id: int, adapter: Adapter) -> asyncio.Future[CallReply]:
+        """Copy an adapter to the back; `success` is False, with the reason, when it could not be taken."""
+        return self._call(lambda call_id: wire.StageAdapterCall(call_id, version_id, adapter))
+
+    def free_adapter(self, version_id: int) -> asyncio.Future[CallReply]:
+        """Forget a version that no live request names."""
+        return self._call(lambda call_id: wire.FreeAdapterCall(call_id, version_id))
+
+    def switch_version(self, old: int, new: int) -> asyncio.Future[CallReply]:
+        """Move the live requests of one version to another at the next step."""
+        return self._call(lambda call_id: wire.SwitchVersionCall(call_id, old, new))
+
     def resolve(self, reply: CallReply) -> None:
         """A reply has come; one that nobody waits for any more is dropped."""
         future = self._pending.get(reply.call_id)
@@ -64,7 +75,7 @@ class ControlClient:
             if not future.done():
                 future.set_exception(error)
 
-    def _call(self, make: Callable[[int], Call]) -> asyncio.Future[CallReply]:
+    def _call(self, make: Callable[[int], wire.Call]) -> asyncio.Future[CallReply]:
         if self._error is not None:
             raise self._error
         call_id = next(self._call_ids)

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from sglang.srt.lora.adapter import Adapter
 from sglang.srt.sampling.sampling_params import SamplingSpec
 
 BASE_VERSION = 0
@@ -110,6 +111,35 @@ class StatsCall(msgspec.Struct, tag="stats", array_like=True, frozen=True):
     call_id: int
 
 
+class StageAdapterCall(msgspec.Struct, tag="stage_adapter", array_like=True, frozen=True):
+    """Copy an adapter out of the front's buffer; once answered, requests may name `version_id`. Answer: CallReply.
+
+    Decoding goes on meanwhile. On failure nothing of the adapter is left and the version is not known.
+    """
+
+    call_id: int
+    version_id: int
+    adapter: Adapter
+
+
+class FreeAdapterCall(msgspec.Struct, tag="free_adapter", array_like=True, frozen=True):
+    """Forget a version that no live request names: its weights and its prefix-cache pages. Answer: CallReply."""
+
+    call_id: int
+    version_id: int
+
+
+class SwitchVersionCall(msgspec.Struct, tag="switch_version", array_like=True, frozen=True):
+    """Move every live request of a version to another one, from the next step on. Answer: CallReply.
+
+    Rows sent before the answer are the old version's, rows after it the new one's.
+    """
+
+    call_id: int
+    old_version_id: int
+    new_version_id: int
+
+
 # ---- back to front -------------------------------------------------------------------------------------------------
 
 
@@ -125,6 +155,9 @@ class SchedulerStats(msgspec.Struct, array_like=True, frozen=True):
         *_total: counters since start.
         host_seconds_total, step_seconds_total: time the loop spent outside the model, and in all.
         invariant_violations_total: accounting errors seen by the idle check; anything but 0 is a bug.
+        lora_slots: adapter version in each device slot, BASE_VERSION for a free one; empty without --enable-lora.
+        lora_evictions_total: versions that lost their slot to another one.
+        lora_bytes: host memory of all staged versions.
     """
 
     num_running_reqs: int = 0
@@ -146,6 +179,9 @@ class SchedulerStats(msgspec.Struct, array_like=True, frozen=True):
     host_seconds_total: float = 0.0
     step_seconds_total: float = 0.0
     invariant_violations_total: int = 0
+    lora_slots: tuple[int, ...] = ()
+    lora_evictions_total: int = 0
+    lora_bytes: int = 0
 
 
 class Ready(msgspec.Struct, tag="ready", array_like=True, frozen=True):
@@ -253,7 +289,10 @@ class BackFailed(msgspec.Struct, tag="failed", array_like=True, frozen=True):
     message: str
 
 
-ToBack = SubmitBatch | AbortRequests | StopRequests | PauseCall | ContinueCall | FlushCacheCall | StatsCall
+Call = (
+    PauseCall | ContinueCall | FlushCacheCall | StatsCall | StageAdapterCall | FreeAdapterCall | SwitchVersionCall
+)
+ToBack = SubmitBatch | AbortRequests | StopRequests | Call
 ToFront = Ready | StepOutput | StatsPush | CallReply | BackFailed
 
 encoder = msgspec.msgpack.Encoder()
