@@ -17,9 +17,12 @@ PACKAGE = Path(sglang.__file__).parent
 SHARED, FRONT, BACK = "shared", "front", "back"
 
 FRONT_MANAGERS = (
+    "adapter_calls",
+    "adapter_service",
     "control_client",
     "detokenizer",
     "outbox",
+    "pause_control",
     "request_builder",
     "request_lifecycle",
     "request_state",
@@ -33,6 +36,7 @@ BACK_MANAGERS = (
     "admission",
     "batch",
     "invariants",
+    "lora_control",
     "output_processor",
     "planner",
     "request",

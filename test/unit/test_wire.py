@@ -12,17 +12,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sglang.srt.lora.adapter import Adapter, AdapterModule, Span
 from sglang.srt.managers.io_struct import wire
 from sglang.srt.sampling.sampling_params import SamplingSpec
 
 GOLDEN_FIELDS: dict[str, tuple[str | None, str]] = {
     # struct: (tag, fields in wire order)
     "AbortRequests": ("abort", "req_ids"),
+    "Adapter": (None, "path nbytes modules base_copies"),
     "BackFailed": ("failed", "message"),
     "CallReply": ("reply", "call_id success message stats"),
     "ContinueCall": ("continue", "call_id"),
     "FinishInfo": (None, "matched message status_code err_type num_retractions was_running"),
     "FlushCacheCall": ("flush_cache", "call_id"),
+    "FreeAdapterCall": ("free_adapter", "call_id version_id"),
     "PauseCall": ("pause", "call_id mode"),
     "Positions": (None, "counts ids logprobs"),
     "Ready": (
@@ -42,8 +45,9 @@ GOLDEN_FIELDS: dict[str, tuple[str | None, str]] = {
         "num_cached_tokens "
         "max_total_num_tokens max_running_requests gen_throughput cache_hit_rate prompt_tokens_total "
         "cached_tokens_total generation_tokens_total retractions_total steps_total host_seconds_total "
-        "step_seconds_total invariant_violations_total",
+        "step_seconds_total invariant_violations_total lora_slots lora_evictions_total lora_bytes",
     ),
+    "StageAdapterCall": ("stage_adapter", "call_id version_id adapter"),
     "StatsCall": ("stats", "call_id"),
     "StatsPush": ("stats_push", "stats"),
     "StepOutput": ("step", "req_ids finish num_tokens tokens logprobs cached_tokens finish_info extras"),
@@ -54,6 +58,7 @@ GOLDEN_FIELDS: dict[str, tuple[str | None, str]] = {
         "req_id input_ids sampling version_id extra_key priority return_logprob logprob_start "
         "top_logprobs_num token_ids_logprob",
     ),
+    "SwitchVersionCall": ("switch_version", "call_id old_version_id new_version_id"),
 }
 
 SPEC = SamplingSpec(
@@ -98,6 +103,9 @@ STEP = wire.StepOutput(
     extras={0: wire.RowLogprobs(input_logprobs=wire.pack([np.nan, -2.0], "<f4"), input_top=POSITIONS)},
 )
 
+SPANS = (Span("bfloat16", (2, 8), 0), Span("float32", (8, 2), 32))
+ADAPTER = Adapter("/a", 96, (AdapterModule("lm_head", 0.5, *SPANS),), (("lm_head.weight", SPANS[0]),))
+
 TO_BACK: list[tuple[Any, str]] = [
     (
         wire.SubmitBatch([REQUEST]),
@@ -111,6 +119,14 @@ TO_BACK: list[tuple[Any, str]] = [
     (wire.ContinueCall(2), "92a8636f6e74696e756502"),
     (wire.FlushCacheCall(3), "92ab666c7573685f636163686503"),
     (wire.StatsCall(4), "92a5737461747304"),
+    (
+        wire.StageAdapterCall(5, 7, ADAPTER),
+        "94ad73746167655f61646170746572050794a22f61609194a76c6d5f68656164cb3fe000000000000093a862666c6f6174"
+        "31369202080093a7666c6f61743332920802209192ae6c6d5f686561642e77656967687493a862666c6f61743136920208"
+        "00",
+    ),
+    (wire.FreeAdapterCall(6, 7), "93ac667265655f616461707465720607"),
+    (wire.SwitchVersionCall(7, 7, 8), "94ae7377697463685f76657273696f6e070708"),
 ]
 TO_FRONT: list[tuple[Any, str]] = [
     (
@@ -124,14 +140,14 @@ TO_FRONT: list[tuple[Any, str]] = [
     ),
     (
         wire.StatsPush(STATS),
-        "92aa73746174735f70757368dc001301000000c300000000cb4004000000000000cb00000000000000000000000000cb0000"
-        "000000000000cb000000000000000000",
+        "92aa73746174735f70757368dc001601000000c300000000cb4004000000000000cb00000000000000000000000000cb00"
+        "00000000000000cb000000000000000000900000",
     ),
     (wire.CallReply(1, True, "ok"), "95a57265706c7901c3a26f6bc0"),
     (
         wire.CallReply(1, False, stats=STATS),
-        "95a57265706c7901c2a0dc001301000000c300000000cb4004000000000000cb00000000000000000000000000cb00000000"
-        "00000000cb000000000000000000",
+        "95a57265706c7901c2a0dc001601000000c300000000cb4004000000000000cb00000000000000000000000000cb000000"
+        "0000000000cb000000000000000000900000",
     ),
     (wire.BackFailed("why"), "92a66661696c6564a3776879"),
 ]

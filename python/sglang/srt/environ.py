@@ -53,3 +53,9 @@ SGLANG_RETURN_ORIGINAL_LOGPROB = EnvVar(
 SGLANG_DRAIN_TIMEOUT = EnvVar(
     "SGLANG_DRAIN_TIMEOUT", float, 30.0, "seconds SIGTERM lets live requests run before they are aborted"
 )
+SGLANG_PAUSE_TIMEOUT = EnvVar(
+    "SGLANG_PAUSE_TIMEOUT",
+    float,
+    3600.0,
+    "seconds after which a pause that names no timeout of its own ends by itself; 0 for never",
+)

@@ -33,11 +33,13 @@ class AdapterError(RequestError):
     """An adapter that cannot be loaded, found or unloaded.
 
     Args:
-        code: what clients may branch on: adapter_not_found, invalid_adapter, path_unreadable, capacity, busy.
+        code: what clients may branch on: adapter_not_found, already_loaded, invalid_adapter, capacity, not_enabled; or,
+            with status 409 because the same call may succeed later, path_unreadable, busy.
     """
 
-    def __init__(self, code: str, message: str, status: int = HTTPStatus.BAD_REQUEST) -> None:
-        super().__init__(message, status)
+    def __init__(self, code: str, message: str) -> None:
+        status = HTTPStatus.CONFLICT if code in ("path_unreadable", "busy") else HTTPStatus.BAD_REQUEST
+        super().__init__(message, status, err_type=code)
         self.code = code
 
 

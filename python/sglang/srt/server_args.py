@@ -193,17 +193,28 @@ class ServerArgs:
     node_rank: int = 0
 
     # LoRA
-    enable_lora: bool | None = None
+    enable_lora: Annotated[bool | None, Arg("serve adapters; default: when --lora-paths is given")] = None
     enable_lora_overlap_loading: bool | None = None
-    max_lora_rank: int | None = None
-    lora_target_modules: list[str] | None = None
-    lora_paths: Annotated[dict[str, str] | list[Any] | None, Arg("", parse=lora_path_item)] = None
-    max_loaded_loras: int | None = None
-    max_loras_per_batch: int = 8
-    lora_eviction_policy: str = "lru"
+    max_lora_rank: Annotated[int | None, Arg("largest rank taken; default: any")] = None
+    lora_target_modules: Annotated[list[str] | None, Arg("modules adapters may have, or all; default: all")] = None
+    lora_paths: Annotated[
+        dict[str, str] | list[Any] | None,
+        Arg('adapters to load at start: PATH, NAME=PATH or {"lora_name", "lora_path", "pinned"}', parse=lora_path_item),
+    ] = None
+    max_loaded_loras: Annotated[int | None, Arg("adapters with a name; beyond it the eviction policy chooses")] = None
+    max_loras_per_batch: Annotated[int, Arg("adapter versions that run together")] = 8
+    lora_eviction_policy: Annotated[str, Arg("lru or fifo")] = "lru"
+    lora_keep_last: Annotated[
+        int | None, Arg("versions kept of names that differ in a trailing number, e.g. policy-v7; default: all")
+    ] = None
+    lora_root: Annotated[str | None, Arg("directory that adapter paths must lie in; default: anywhere")] = None
+    require_adapter: Annotated[bool, Arg("refuse requests that name no adapter")] = False
     lora_backend: str = "csgmv"
     max_lora_chunk_size: int | None = 16
-    lora_strict_loading: bool = False
+    lora_strict_loading: Annotated[
+        bool,
+        Arg("refuse adapters that say they belong to another model", flags=("--lora-strict-loading", "--lora-strict")),
+    ] = False
     lora_drain_wait_threshold: float = 0.0
 
     # Kernels

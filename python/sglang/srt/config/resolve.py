@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import msgspec
 
+from sglang.srt.config.lora_section import lora_section
 from sglang.srt.config.model_config import ModelConfig, load_model_config
 from sglang.srt.config.model_path import resolve_model_path
 from sglang.srt.config.sections import (
@@ -24,7 +25,6 @@ from sglang.srt.config.sections import (
     Device,
     DeviceSection,
     LoadSection,
-    LoRASection,
     MemorySection,
     ScheduleSection,
     ServerSection,
@@ -88,7 +88,7 @@ def resolve(args: ServerArgs) -> Config:
             device=device, gpu_id=args.base_gpu_id, attention_backend="torch_native", sampling_backend="pytorch"
         ),
         server=_server(args, model),
-        lora=LoRASection(),
+        lora=lora_section(args),
     )
     return _checked(config)
 

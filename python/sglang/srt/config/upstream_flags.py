@@ -67,8 +67,6 @@ Status = Implemented | Ignored | Refused
 
 _SEVERAL = "several GPUs or hosts are not supported yet; start one server per GPU"
 _ONE_GPU = "the server runs on one device, nothing is sent between devices"
-_ADAPTERS = "adapters are not served yet"
-_NO_ADAPTERS = "adapters are not served yet, the flag has nothing to configure"
 _REFERENCE_OPS = "the reference operators of torch are used for now"
 _NO_GRAPHS = "the server does not use CUDA graphs yet"
 _NO_COMPILE = "the server does not use torch.compile"
@@ -189,18 +187,21 @@ FLAGS: dict[str, Status] = {
     "nnodes": Refused(_SEVERAL),
     "node_rank": Refused(_SEVERAL),
     # LoRA
-    "enable_lora": Refused(_ADAPTERS),
-    "enable_lora_overlap_loading": Ignored(_NO_ADAPTERS),
-    "max_lora_rank": Ignored(_NO_ADAPTERS),
-    "lora_target_modules": Ignored(_NO_ADAPTERS),
-    "lora_paths": Refused(_ADAPTERS),
-    "max_loaded_loras": Ignored(_NO_ADAPTERS),
-    "max_loras_per_batch": Ignored(_NO_ADAPTERS),
-    "lora_eviction_policy": Ignored(_NO_ADAPTERS),
-    "lora_backend": Ignored(_NO_ADAPTERS),
-    "max_lora_chunk_size": Ignored(_NO_ADAPTERS),
-    "lora_strict_loading": Ignored(_NO_ADAPTERS),
-    "lora_drain_wait_threshold": Ignored(_NO_ADAPTERS),
+    "enable_lora": Implemented("lora.enabled"),
+    "enable_lora_overlap_loading": Ignored("adapters are always loaded beside running requests"),
+    "max_lora_rank": Implemented("lora.max_lora_rank"),
+    "lora_target_modules": Implemented("lora.target_modules"),
+    "lora_paths": Implemented("lora.preload"),
+    "max_loaded_loras": Implemented("lora.max_loaded_loras"),
+    "max_loras_per_batch": Implemented("lora.max_loras_per_batch"),
+    "lora_eviction_policy": Implemented("lora.eviction_policy"),
+    "lora_keep_last": Implemented("lora.keep_last"),
+    "lora_root": Implemented("lora.root"),
+    "require_adapter": Implemented("lora.require_adapter"),
+    "lora_backend": Ignored("adapters run on the server's own operators"),
+    "max_lora_chunk_size": Ignored("adapters run on the server's own operators"),
+    "lora_strict_loading": Implemented("lora.strict"),
+    "lora_drain_wait_threshold": Ignored("the scheduler keeps adapters fair by itself"),
     # Kernels
     "attention_backend": Ignored(_REFERENCE_OPS, quiet=("torch_native",)),
     "decode_attention_backend": Ignored(_REFERENCE_OPS, quiet=("torch_native",)),

@@ -84,8 +84,8 @@ def plan_decode(request: Request) -> Segment:
     return Segment(request, request.num_computed, request.num_computed + 1, samples=True, is_decode=True)
 
 
-def build_step(segments: list[Segment], kv: KVManager) -> StepPlan:
-    """Columns of a step; KV room for every segment has been reserved."""
+def build_step(segments: list[Segment], kv: KVManager, lora_slots: tuple[int, ...] = ()) -> StepPlan:
+    """Columns of a step; KV room for every segment has been reserved, and its version is in one of `lora_slots`."""
     starts = np.array([s.start for s in segments], dtype=np.int32)
     ends = np.array([s.end for s in segments], dtype=np.int32)
     slots = np.array([_slot(s) for s in segments], dtype=np.int64)
@@ -111,6 +111,8 @@ def build_step(segments: list[Segment], kv: KVManager) -> StepPlan:
         positions=positions,
         out_locs=out_locs,
         slots=slots,
+        versions=np.array([s.request.version_id for s in segments], dtype=np.int64),
+        lora_slots=lora_slots,
         decode_rows=_rows(segments, last_rows, lambda s: s.is_decode),
         decode_slots=_rows(segments, slots, lambda s: s.is_decode),
         sample_rows=_rows(segments, last_rows, lambda s: s.samples),

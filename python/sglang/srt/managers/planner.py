@@ -5,7 +5,8 @@ request can be (waiting, partial, running) and is the only caller of KVManager's
 
 Order of a step: prompts first (chunked to a token budget), else one token for every running sequence; with
 `mixed_chunk` both together. When decoding runs out of pages, the newest requests are retracted: the oldest one always
-makes progress, so nothing starves.
+makes progress, so nothing starves. A request whose adapter version gets no slot is passed over (see lora/slots).
+Invariant: a request holds a slot of its version exactly while it holds KV.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import bisect
 
 from sglang.srt.config.sections import ScheduleSection
+from sglang.srt.lora.slots import SlotPool
 from sglang.srt.managers.batch import Segment, StepPlan, build_step, plan_decode, plan_segment
 from sglang.srt.managers.request import Request, Stage
 from sglang.srt.mem_cache.kv_manager import KVManager
@@ -36,11 +38,13 @@ class Planner:
 
     Args:
         kv: memory of every sequence; nobody else opens or closes sequences in it. Its slots bound the running set.
+        lora_slots: which adapter versions may run together; None when every request runs on the base model.
     """
 
-    def __init__(self, schedule: ScheduleSection, kv: KVManager) -> None:
+    def __init__(self, schedule: ScheduleSection, kv: KVManager, lora_slots: SlotPool | None = None) -> None:
         self.schedule = schedule
         self.kv = kv
+        self.lora_slots = lora_slots or SlotPool(0)
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.partial: Request | None = None
@@ -66,7 +70,7 @@ class Planner:
         segments = decodes + self._prefills(len(decodes))
         if not segments and not mixed:
             segments = self._decodes(in_flight) or []
-        return build_step(segments, self.kv) if segments else None
+        return build_step(segments, self.kv, tuple(self.lora_slots.versions)) if segments else None
 
     def commit(self, plan: StepPlan) -> None:
         """Account for a step that has been launched: its KV may be shared with every later step from now on."""
@@ -102,10 +106,33 @@ class Planner:
         for request in list(self.live):
             self._retract(request)
 
+    def switch(self, old: int, new: int) -> None:
+        """Move every request of one version to another; no step may be in flight.
+
+        Those that hold KV go on with it. They start again when there is no slot for the new version, or when prompt
+        positions that the old version has scored have not been sent: a prompt is scored by one version.
+        """
+        moving = [r for r in self.live if r.version_id == old]
+        for request in [r for r in moving if r.stage is Stage.PREFILLING and r.wants_input_scores]:
+            self._retract(request)
+            moving.remove(request)
+        if not self.lora_slots.move(old, new, len(moving)):
+            for request in moving:
+                self._retract(request)
+        for request in [*self.live, *self.waiting]:
+            if request.version_id == old:
+                request.switch(new)
+
+    def forget_version(self, version_id: int) -> None:
+        """Give back the slot and the cached prefixes of a version that no request names."""
+        self.lora_slots.drop(version_id)
+        self.kv.drop_version(version_id)
+
     def _close(self, request: Request) -> None:
         if request.kv is not None:
             self.kv.close(request.kv, request.computed_tokens)
             request.kv = None
+            self.lora_slots.release(request.version_id)
 
     def _retract(self, request: Request) -> None:
         if request is self.partial:
@@ -157,9 +184,12 @@ class Planner:
                 return [segment] if segment else []
             segments.append(segment)
             budget -= segment.end - segment.start
+        self.lora_slots.age((r.passed_over_at, r.version_id) for r in self.waiting if r.passed_over_at is not None)
         for request in self._ordered_queue():
             if budget <= 0 or not self.kv.table.num_free:
                 break
+            if not self._has_lora_slot(request):
+                continue
             match = self._match(request)
             key = self._new_tokens(request, match)
             if key in in_progress:
@@ -175,6 +205,13 @@ class Planner:
         if segments:
             self.waiting = [r for r in self.waiting if r.stage is Stage.WAITING]
         return segments
+
+    def _has_lora_slot(self, request: Request) -> bool:
+        """Whether the request's version may run; notes when it was first passed over."""
+        admitted = self.lora_slots.admits(request.version_id)
+        if not admitted and request.passed_over_at is None:
+            request.passed_over_at = self.lora_slots.clock()
+        return admitted
 
     def _ordered_queue(self) -> list[Request]:
         queue = self.waiting
@@ -206,10 +243,11 @@ class Planner:
         assert kv is not None
         request.kv, request.num_computed = kv, matched
         if not self._fits(request, segments) or not self.kv.reserve(kv, end):
-            self._close(request)
-            request.num_computed = 0
+            self.kv.close(kv, request.computed_tokens)
+            request.kv, request.num_computed = None, 0
             return None
-        request.stage = Stage.PREFILLING
+        self.lora_slots.take(request.version_id)
+        request.stage, request.passed_over_at = Stage.PREFILLING, None
         if not request.num_retractions:
             request.cached_tokens = matched
         return plan_segment(request, end)
@@ -239,8 +277,10 @@ class Planner:
         return prompt + min(max(request.remaining_outputs, 0), ESTIMATE_CLIP) * self._ratio + self.kv.page_size
 
     def _next_tokens(self, request: Request) -> PrefixKey:
-        """What a partial request computes next."""
+        """What a partial request computes next; nothing waits for it when it will not be shared."""
         assert request.kv is not None
+        if request.kv.private:
+            return request.req_id, b""
         start = request.kv.num_shared * self.kv.page_size
         return id(request.kv.node), request.known_tokens[start : start + DEDUPE_TOKENS].tobytes()
 

@@ -44,6 +44,7 @@ class Request:
         prompt: int32 prompt tokens; output: generated ids known on the host.
         max_new_tokens: the spec's limit, lowered to what the KV pool can hold.
         input_scores: log-probabilities of the prompt, chunk by chunk, until they are sent.
+        passed_over_at: when it was first refused an adapter slot since it was queued.
     """
 
     req_id: int
@@ -64,6 +65,7 @@ class Request:
     input_scores: list[HostScore] = field(default_factory=list)
     input_scores_sent: bool = False
     num_retractions: int = 0
+    passed_over_at: float | None = None
 
     @classmethod
     def from_wire(cls, message: wire.SubmitRequest, arrival: int, capacity: int) -> Request:
@@ -87,6 +89,11 @@ class Request:
             max_new_tokens=min(spec.max_new_tokens, capacity - len(prompt)),
             logprob_start=message.logprob_start if message.return_logprob else len(prompt),
         )
+
+    @property
+    def version_id(self) -> int:
+        """Weights that the next step runs it on."""
+        return self.namespace.version_id
 
     @property
     def finished(self) -> bool:
@@ -141,6 +148,12 @@ class Request:
         self.num_retractions += 1
         if not self.input_scores_sent:
             self.input_scores.clear()
+
+    def switch(self, version_id: int) -> None:
+        """Run on other weights from the next step on; KV that it has is of both then, and no longer shared."""
+        self.namespace = Namespace(version_id, self.namespace.extra_key)
+        if self.kv is not None:
+            self.kv.private = True
 
     def abort_info(self, message: str, status_code: int = 0, err_type: str = "") -> FinishInfo:
         """Details for the terminal row of an abort."""

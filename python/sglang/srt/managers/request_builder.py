@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 
 from sglang.srt.config.sections import Config
-from sglang.srt.errors import ConfigError, RequestError
+from sglang.srt.errors import AdapterError, ConfigError, RequestError
 from sglang.srt.managers.detokenizer import Detokenizer
 from sglang.srt.managers.io_struct.requests import GenerateReqInput
 from sglang.srt.managers.io_struct.wire import SubmitRequest
@@ -51,6 +51,7 @@ class RequestBuilder:
     def __init__(self, config: Config, tokenizer: Tokenizer | None) -> None:
         self._model = config.model
         self._schedule = config.schedule
+        self._lora_enabled = config.lora.enabled
         self._truncate = config.server.allow_auto_truncate
         self._preferred = config.server.preferred_sampling_params
         self._tokenizer = tokenizer
@@ -124,10 +125,11 @@ class RequestBuilder:
         return params, (own or {}).get("max_new_tokens") is not None
 
     def _prompt(self, item: GenerateReqInput, params: tuple[SamplingParams, bool]) -> Prompt:
-        if item.lora_path:
-            raise RequestError(
+        if item.lora_path and not self._lora_enabled:
+            raise AdapterError(
+                "not_enabled",
                 f"LoRA adapter '{item.lora_path}' was requested, but LoRA is not enabled. "
-                "Please launch the server with --enable-lora to use adapters."
+                "Please launch the server with --enable-lora to use adapters.",
             )
         if item.text is not None and self._tokenizer is None:
             raise RequestError("The server runs with --skip-tokenizer-init: send input_ids instead of text.")
@@ -137,6 +139,7 @@ class RequestBuilder:
             params=params[0],
             max_new_given=params[1],
             logprobs=self._logprob_options(item),
+            adapter=_string("lora_path", item.lora_path) if item.lora_path else None,
             extra_key=_string("extra_key", item.extra_key or ""),
             priority=_integer("priority", item.priority or 0, -(2**31), 2**31 - 1),
             log_metrics=item.log_metrics,

@@ -13,7 +13,9 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 
-from sglang.srt.errors import ServiceUnavailableError
+from sglang.srt.errors import AdapterError, ServiceUnavailableError
+from sglang.srt.lora.lease import AdapterVersion
+from sglang.srt.lora.lora_registry import LoRARegistry
 from sglang.srt.managers.io_struct import wire
 from sglang.srt.managers.io_struct.wire import Finish
 from sglang.srt.managers.outbox import Outbox
@@ -31,12 +33,14 @@ class RequestLifecycle:
     Args:
         send: hands one message to the channel.
         weight_version: names the weights that serve now; a reply carries the name at its end.
+        registry: where records take the leases of their adapters, when they are sent.
     """
 
     def __init__(
         self,
         send: Callable[[wire.ToBack], None],
         weight_version: Callable[[], str],
+        registry: LoRARegistry,
         metrics: RequestMetrics | None = None,
     ) -> None:
         self.records: dict[int, RequestRecord] = {}
@@ -44,8 +48,10 @@ class RequestLifecycle:
         self.counters = FrontCounters()
         self.outbox = Outbox(send, self._undeliverable)
         self._weight_version = weight_version
+        self._registry = registry
         self._metrics = metrics
         self._gate_open = True
+        self._closed_adapters: set[str] = set()
         self._held: dict[RequestGroup, None] = {}
         self._drains: list[tuple[set[int], asyncio.Future[None]]] = []
 
@@ -59,22 +65,67 @@ class RequestLifecycle:
         self.records.update((record.req_id, record) for record in group.records)
 
     def admit(self, group: RequestGroup) -> None:
-        """Send a validated call's records, or hold them while the gate is closed."""
-        if not self._gate_open:
+        """Send a validated call's records, or hold them while a gate is closed.
+
+        Adapter names are looked up now: what a name means is settled when a request can run, not when it came.
+        """
+        if not self._gate_open or any(prompt.adapter in self._closed_adapters for prompt in group.prompts):
             self._held[group] = None
+            return
+        try:
+            self._take_leases(group)
+        except AdapterError as error:
+            self.fail(group, error)
             return
         for record in group.records:
             if record.state is RecordState.NEW:
                 record.weight_version = self._weight_version()
                 self.outbox.submit(record)
 
-    def set_gate(self, *, is_open: bool) -> None:
-        """Close the gate, or open it and send what it held, in order of arrival."""
-        self._gate_open = is_open
+    def _take_leases(self, group: RequestGroup) -> None:
+        """One lease for every prompt with an adapter, for its samples that are still wanted: all of them, or none."""
+        wanted = []
+        for prompt in group.prompts:
+            records = [record for record in prompt.records if record.state is RecordState.NEW]
+            if prompt.adapter is not None and records:
+                wanted.append((prompt.adapter, records))
+        leases = self._registry.lease([(name, [record.req_id for record in records]) for name, records in wanted])
+        for lease, (_, records) in zip(leases, wanted, strict=True):
+            for record in records:
+                record.take_lease(lease)
+
+    def set_gate(self, *, is_open: bool, adapter: str | None = None) -> None:
+        """Close the gate, for all or for the requests of one adapter; or open it and send what it held, in order.
+
+        Opening it for all opens every adapter's gate, too.
+        """
+        if adapter is None:
+            self._gate_open = is_open
+            if is_open:
+                self._closed_adapters.clear()
+        elif is_open:
+            self._closed_adapters.discard(adapter)
+        else:
+            self._closed_adapters.add(adapter)
         if is_open:
             held, self._held = self._held, {}
             for group in held:
                 self.admit(group)
+
+    def switch(self, old: AdapterVersion, new: AdapterVersion) -> None:
+        """The scheduler has moved the requests of one version to another."""
+        for record in self.records.values():
+            if record.lease is not None and record.lease.version is old and record.finish_reason is None:
+                record.switched(new)
+        self._registry.switch(old, new)
+
+    def with_adapter(self, name: str) -> list[RequestRecord]:
+        """Records of an adapter, those that wait at a gate included."""
+        return [record for record in self.records.values() if record.prompt.adapter == name]
+
+    def holding(self, version: AdapterVersion) -> list[RequestRecord]:
+        """Records that hold a version."""
+        return [r for r in self.records.values() if r.lease is not None and r.lease.version is version]
 
     @property
     def num_held(self) -> int:
@@ -187,6 +238,8 @@ class RequestLifecycle:
         record.state, record.submit, record.listening = RecordState.CLOSED, None, False
         del self.records[record.req_id]
         self.rids.discard(record)
+        if record.lease is not None:
+            record.lease.release(record.req_id)
         for waiting, future in self._drains:
             waiting.discard(record.req_id)
             if not waiting and not future.done():

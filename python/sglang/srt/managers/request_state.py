@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from sglang.srt.lora.lease import AdapterVersion, Lease
 from sglang.srt.managers.detokenizer import Detokenizer
 from sglang.srt.managers.io_struct import wire
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -134,6 +135,7 @@ class Prompt:
     Fields:
         text: to be tokenised, or None when `token_ids` were given.
         max_new_given: whether the client set max_new_tokens itself (the default is lowered to fit, a given one is not).
+        adapter: the adapter's name, None for the base model.
     """
 
     text: str | None
@@ -141,6 +143,7 @@ class Prompt:
     params: SamplingParams
     max_new_given: bool
     logprobs: LogprobOptions | None
+    adapter: str | None = None
     extra_key: str = ""
     priority: int = 0
     log_metrics: bool = True
@@ -160,6 +163,8 @@ class RequestRecord:
         rid: the client's name for it, unique among requests in flight; aliases: further names that abort it.
         index: place in the reply (input-major).
         submit: the message to send; set when the whole call has been validated.
+        lease: the hold on an adapter version, from admission to the record's end; shared by the prompt's samples.
+        versions: (first output token, adapter version) of each stretch of the output; one entry unless it was switched.
         check_stops: stop strings are matched as tokens come; otherwise text is decoded when it is wanted.
         hidden: 1 when the last token is a matched stop id that must not show in the text.
         sent_tokens: tokens the client has been given; queued: waits in the group's list of updates.
@@ -173,6 +178,8 @@ class RequestRecord:
     aliases: tuple[str, ...] = ()
     state: RecordState = RecordState.NEW
     submit: wire.SubmitRequest | None = None
+    lease: Lease | None = None
+    versions: list[tuple[int, AdapterVersion]] = field(default_factory=list)
     listening: bool = True
     abort_sent: bool = False
     finish_reason: dict[str, Any] | None = None
@@ -214,6 +221,20 @@ class RequestRecord:
     def update_due(self) -> bool:
         """Whether a streaming client should hear of the tokens that have accrued."""
         return self.sent_tokens == 0 or len(self.output_ids) - self.sent_tokens >= self.stream_interval
+
+    def take_lease(self, lease: Lease) -> None:
+        """Run on the lease's version from here on."""
+        assert self.submit is not None
+        self.lease = lease
+        self.submit = msgspec.structs.replace(self.submit, version_id=lease.version.version_id)
+        self.versions = [(0, lease.version)]
+
+    def switched(self, version: AdapterVersion) -> None:
+        """Output tokens that have not come yet are made by another version."""
+        start = len(self.output_ids)
+        if self.versions[-1][0] == start:
+            self.versions.pop()
+        self.versions.append((start, version))
 
     def accrue(self, tokens: list[int], logprobs: list[float], extras: wire.RowLogprobs | None) -> None:
         """Append the tokens of one row; `logprobs` is as long as `tokens`, or empty when nobody asked."""
@@ -269,9 +290,21 @@ class RequestRecord:
             "cached_tokens": self.cached_tokens,
             "reasoning_tokens": 0,
         }
+        if self.versions:
+            meta.update(self.adapter_info())
         if self.finish_reason is not None:
             meta["e2e_latency"] = self.finished_at - self.created_at
         return meta
+
+    def adapter_info(self) -> dict[str, Any]:
+        """Which adapter version made the output; with spans when it was switched on the way. {} for the base model."""
+        if not self.versions:
+            return {}
+        latest = self.versions[-1][1]
+        info: dict[str, Any] = {"lora_name": latest.name, "lora_version": latest.version_id}
+        if len(self.versions) > 1:
+            info["lora_version_spans"] = [[start, version.version_id] for start, version in self.versions]
+        return info
 
 
 class RequestGroup:

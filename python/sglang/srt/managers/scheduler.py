@@ -12,6 +12,7 @@ import time
 from collections import deque
 from typing import Protocol
 
+from sglang.srt.lora.lora_manager import LoRAManager
 from sglang.srt.managers import invariants
 from sglang.srt.managers.batch import StepPlan
 from sglang.srt.managers.io_struct import wire
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 IDLE_POLL_MS = 100
 """How long an idle loop sleeps at most; a message wakes it at once."""
+STAGING_POLL_MS = 5
+"""The same while an adapter is being staged: nothing wakes the loop when that is done."""
 
 
 class Channel(Protocol):
@@ -44,17 +47,27 @@ class Scheduler:
 
     Args:
         depth: steps that may be launched before the oldest one's results are read (0: read at once, 1: overlap).
+        lora: weights of adapter versions, the runner's own; None without --enable-lora.
     """
 
-    def __init__(self, channel: Channel, runner: ModelRunner, planner: Planner, vocab_size: int, depth: int) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        runner: ModelRunner,
+        planner: Planner,
+        vocab_size: int,
+        depth: int,
+        lora: LoRAManager | None = None,
+    ) -> None:
         self.channel = channel
         self.runner = runner
         self.planner = planner
         self.depth = depth
         self.vocab_size = vocab_size
-        self.stats = StatsCollector()
+        self.lora = lora
+        self.stats = StatsCollector(lora)
         self.outputs = OutputProcessor(planner, channel.send, on_finish=lambda request: self.control.forget(request))
-        self.control = SchedulerControl(planner, self.outputs, self.stats, channel.send, self.drain)
+        self.control = SchedulerControl(planner, self.outputs, self.stats, channel.send, self.drain, lora)
         self._in_flight: deque[tuple[StepPlan, StepResult]] = deque()
         self._device_seconds = 0.0
 
@@ -66,7 +79,8 @@ class Scheduler:
     def run(self, stopping: threading.Event) -> None:
         """Step until told to stop."""
         while not stopping.is_set():
-            self.step(wait_ms=0 if self.busy else IDLE_POLL_MS)
+            idle_ms = STAGING_POLL_MS if self.control.lora.staging else IDLE_POLL_MS
+            self.step(wait_ms=0 if self.busy else idle_ms)
 
     def step(self, wait_ms: int = 0) -> None:
         """One turn: receive, launch, read the oldest step, send."""
@@ -75,6 +89,7 @@ class Scheduler:
         self._device_seconds, generated = 0.0, self.outputs.num_generated
         for message in messages:
             self.control.handle(message)
+        staged = self.control.lora.staging and self.control.lora.poll()
         plan = self.planner.next_step(bool(self._in_flight)) if self.control.paused is None else None
         if plan is not None:
             self._launch(plan)
@@ -84,7 +99,7 @@ class Scheduler:
         if plan is not None:
             seconds = time.perf_counter() - started
             self.stats.step(seconds, self._device_seconds, self.outputs.num_generated - generated)
-        if messages or plan is not None:
+        if messages or staged or plan is not None:
             self._report()
 
     def drain(self) -> None:
@@ -116,7 +131,8 @@ class Scheduler:
         """Push statistics when due; when idle, check the books first."""
         idle = not self.busy
         if idle and not self.control.requests:
-            for text in invariants.violations(self.planner, len(self.control.requests)):
+            versions = frozenset() if self.lora is None else self.lora.versions
+            for text in invariants.violations(self.planner, len(self.control.requests), versions):
                 self.stats.violations += 1
                 logger.error("scheduler invariant violated: %s", text)
         stats = self.stats.due(self.planner, self.control.paused is not None, idle)

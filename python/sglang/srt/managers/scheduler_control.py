@@ -1,6 +1,6 @@
 """What the front asks of the scheduler besides generating: submit, abort, stop, pause, continue, flush, statistics.
 
-One handler a message type, in a table. Owns the pause state. Called by the scheduler's loop between two steps.
+One handler a message type, in a table; those about adapters are LoRAControl's. Owns the pause state. Called by the scheduler's loop between two steps.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+from sglang.srt.lora.lora_manager import LoRAManager
 from sglang.srt.managers.io_struct import wire
 from sglang.srt.managers.io_struct.wire import Finish, FinishInfo, PauseMode
+from sglang.srt.managers.lora_control import LoRAControl
 from sglang.srt.managers.output_processor import OutputProcessor
 from sglang.srt.managers.planner import Planner
 from sglang.srt.managers.request import Request
@@ -27,7 +29,13 @@ class SchedulerControl:
     """
 
     def __init__(
-        self, planner: Planner, outputs: OutputProcessor, stats: StatsCollector, send: Send, drain: Callable[[], None]
+        self,
+        planner: Planner,
+        outputs: OutputProcessor,
+        stats: StatsCollector,
+        send: Send,
+        drain: Callable[[], None],
+        lora: LoRAManager | None,
     ) -> None:
         self.planner = planner
         self.outputs = outputs
@@ -36,6 +44,7 @@ class SchedulerControl:
         self.drain = drain
         self.paused: PauseMode | None = None
         self.requests: dict[int, Request] = {}
+        self.lora = LoRAControl(lora, planner, stats, self.requests, drain, self._reply)
         self._arrivals = itertools.count()
         self._handlers: dict[type, Callable[[Any], None]] = {
             wire.SubmitBatch: self._submit,
@@ -45,6 +54,7 @@ class SchedulerControl:
             wire.ContinueCall: self._continue,
             wire.FlushCacheCall: self._flush_cache,
             wire.StatsCall: self._stats,
+            **self.lora.handlers,
         }
 
     def handle(self, message: wire.ToBack) -> None:
@@ -62,12 +72,15 @@ class SchedulerControl:
             request = Request.from_wire(submitted, next(self._arrivals), capacity)
             self.requests[request.req_id] = request
             self.planner.add(request)
-            length = len(request.prompt)
-            if request.max_new_tokens < min(1, submitted.sampling.max_new_tokens):
-                text = (
-                    f"The input ({length} tokens) does not fit the KV cache ({capacity} tokens); send a shorter prompt."
-                )
-                self.outputs.finish(request, Finish.ABORT, request.abort_info(text, 400, "BadRequestError"))
+            if not self.lora.knows(request.version_id):
+                self._refuse(request, f"Adapter version {request.version_id} is not loaded; load it again.")
+            elif request.max_new_tokens < min(1, submitted.sampling.max_new_tokens):
+                length = len(request.prompt)
+                text = f"The input ({length} tokens) does not fit the KV cache ({capacity} tokens)"
+                self._refuse(request, f"{text}; send a shorter prompt.")
+
+    def _refuse(self, request: Request, text: str) -> None:
+        self.outputs.finish(request, Finish.ABORT, request.abort_info(text, 400, "BadRequestError"))
 
     def _abort(self, message: wire.AbortRequests) -> None:
         for request in self._known(message.req_ids):

@@ -18,6 +18,7 @@ import msgspec
 import torch
 
 from sglang.srt.config.sections import Config
+from sglang.srt.lora.slots import SlotPool
 from sglang.srt.managers.io_struct import wire
 from sglang.srt.managers.ipc import BackChannel, Endpoint
 from sglang.srt.managers.planner import Planner
@@ -48,9 +49,11 @@ def _serve(config: Config, channel: BackChannel, stopping: threading.Event) -> N
     """Load, report ready, and step until told to stop."""
     engine = build_engine(config)
     channel.send(engine.ready())
-    planner = Planner(config.schedule, engine.kv)
+    lora = config.lora
+    slots = SlotPool(lora.max_loras_per_batch, lora.eviction_policy) if lora.enabled else None
+    planner = Planner(config.schedule, engine.kv, slots)
     depth = 1 if config.schedule.overlap else 0
-    Scheduler(channel, engine.runner, planner, config.model.vocab_size, depth).run(stopping)
+    Scheduler(channel, engine.runner, planner, config.model.vocab_size, depth, engine.lora).run(stopping)
 
 
 def main() -> int:

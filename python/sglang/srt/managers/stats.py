@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 
+from sglang.srt.lora.lora_manager import LoRAManager
 from sglang.srt.managers.io_struct.wire import SchedulerStats
 from sglang.srt.managers.planner import Planner
 
@@ -15,9 +16,14 @@ RATE_WINDOW = 2.0
 
 
 class StatsCollector:
-    """Adds up what steps report."""
+    """Adds up what steps report.
 
-    def __init__(self) -> None:
+    Args:
+        lora: weights of adapter versions; read only.
+    """
+
+    def __init__(self, lora: LoRAManager | None = None) -> None:
+        self._lora = lora
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.generated_tokens = 0
@@ -69,6 +75,9 @@ class StatsCollector:
             host_seconds_total=self.host_seconds,
             step_seconds_total=self.step_seconds,
             invariant_violations_total=self.violations,
+            lora_slots=tuple(planner.lora_slots.versions),
+            lora_evictions_total=planner.lora_slots.num_evictions,
+            lora_bytes=0 if self._lora is None else self._lora.nbytes,
         )
 
     def due(self, planner: Planner, paused: bool, idle: bool) -> SchedulerStats | None:

@@ -18,14 +18,22 @@ from typing import Any, Protocol
 
 from sglang.srt.config.sections import Config
 from sglang.srt.errors import RequestError, ServiceUnavailableError
+from sglang.srt.lora.lease import AdapterVersion
+from sglang.srt.managers.adapter_calls import AdapterCalls, Reader
+from sglang.srt.managers.adapter_service import AdapterService
 from sglang.srt.managers.control_client import ControlClient
 from sglang.srt.managers.io_struct import wire
 from sglang.srt.managers.io_struct.requests import (
     ContinueGenerationReqInput,
     GenerateReqInput,
+    LoadLoRAAdapterFromTensorsReqInput,
+    LoadLoRAAdapterReqInput,
+    LoRAUpdateOutput,
     PauseGenerationReqInput,
+    UnloadLoRAAdapterReqInput,
 )
 from sglang.srt.managers.io_struct.wire import CallReply, PauseMode, Ready, SchedulerStats
+from sglang.srt.managers.pause_control import PauseControl
 from sglang.srt.managers.request_builder import RequestBuilder
 from sglang.srt.managers.request_lifecycle import RequestLifecycle
 from sglang.srt.managers.request_state import RequestGroup, RequestMetrics
@@ -77,6 +85,8 @@ class TokenizerManager:
         server_args: the flat launch flags, kept for code that looks at them.
         tokenizer: None with --skip-tokenizer-init.
         metrics: hears of every request.
+        reader: makes adapters of what clients send; None without --enable-lora.
+        on_publish: told how many seconds the load of an adapter took.
 
     Raises:
         ConfigError: --preferred-sampling-params does not hold valid sampling parameters.
@@ -89,21 +99,26 @@ class TokenizerManager:
         channel: Channel,
         tokenizer: Tokenizer | None,
         metrics: RequestMetrics | None = None,
+        reader: Reader | None = None,
+        on_publish: Callable[[float], None] | None = None,
     ) -> None:
         self.config = config
         self.server_args = server_args
         self.tokenizer = tokenizer
         self.status = ServerStatus.STARTING
-        self.paused: PauseMode | None = None
         self.weight_version = config.server.weight_version
         self.ready: Ready | None = None
         self.stats = SchedulerStats()
-        self.lora_registry: Any = None
         self._channel = channel
         self._builder = RequestBuilder(config, tokenizer)
-        self._lifecycle = RequestLifecycle(channel.send, lambda: self.weight_version, metrics)
-        self._control = ControlClient(self._lifecycle.outbox.send)
-        self._back_paused = False
+        self._control = ControlClient(lambda message: self._lifecycle.outbox.send(message))
+        self.adapters = AdapterService(
+            config.lora, self._control, self._abort_holders, self._on_switch, on_publish=on_publish
+        )
+        self.lora_registry = self.adapters.registry
+        self._lifecycle = RequestLifecycle(channel.send, lambda: self.weight_version, self.lora_registry, metrics)
+        self._pause = PauseControl(self._lifecycle, self._control)
+        self.adapter_calls = AdapterCalls(self.adapters, reader, lambda: self._pause.freezes)
         self._flushing = False
         self._down_reason = ""
         self._settled = asyncio.Event()
@@ -116,6 +131,11 @@ class TokenizerManager:
     def num_held(self) -> int:
         """Sequences that wait in the front for an abort-mode pause to end."""
         return self._lifecycle.num_held
+
+    @property
+    def paused(self) -> PauseMode | None:
+        """Mode of the pause that is on."""
+        return self._pause.mode
 
     async def start(self) -> None:
         """Start to read what the back says."""
@@ -148,6 +168,7 @@ class TokenizerManager:
     async def close(self) -> None:
         """End everything that still runs and stop reading. Idempotent; the channel stays open."""
         self.back_died("it has been shut down")
+        self._pause.close()
         if self._reader is not None:
             self._reader.cancel()
             await asyncio.wait([self._reader])
@@ -183,47 +204,52 @@ class TokenizerManager:
 
     async def pause_generation(self, obj: PauseGenerationReqInput | None = None) -> None:
         """Pause. ABORT ends all that is in flight, makes new requests wait, and returns when the last record is gone;
-        RETRACT and IN_PLACE freeze the scheduler, where new requests queue.
+        RETRACT and IN_PLACE freeze the scheduler, where new requests queue. Adapters load and unload meanwhile.
 
         Raises:
             RequestError: unknown mode. ServiceUnavailableError: the back is dead.
         """
-        mode = _pause_mode(obj)
         if self.status is ServerStatus.DOWN:
             raise ServiceUnavailableError(self._down_reason)
-        self.paused = mode
-        if mode is PauseMode.ABORT:
-            self._lifecycle.set_gate(is_open=False)
-            in_flight = self._lifecycle.in_flight()
-            for record in in_flight:
-                self._lifecycle.abort(record)
-            await self._lifecycle.closed(in_flight)
-            return
-        reply = self._control.pause(mode)
-        self._back_paused = True
-        self._lifecycle.set_gate(is_open=True)
-        _require_success(await reply)
+        await self._pause.pause(obj or PauseGenerationReqInput())
 
     async def continue_generation(self, obj: ContinueGenerationReqInput | None = None) -> None:
-        """Undo every pause, one that is still draining included (it then ends when its own records are gone)."""
-        self.paused = None
-        self._lifecycle.set_gate(is_open=True)
-        if self._back_paused:
-            self._back_paused = False
-            _require_success(await self._control.resume())
+        """Undo every pause, one that is still draining included (it then ends when its own records are gone).
 
-    def abort_request(self, rid: str | None = None, abort_all: bool = False, prefix: bool = False) -> int:
+        Raises:
+            AdapterError: busy; the pause belongs to another owner than the one named.
+        """
+        await self._pause.continue_(obj or ContinueGenerationReqInput())
+
+    async def load_lora_adapter(self, obj: LoadLoRAAdapterReqInput) -> LoRAUpdateOutput:
+        """Load an adapter from a directory, which is never read again."""
+        return await self.adapter_calls.load(obj)
+
+    async def load_lora_adapter_from_tensors(self, obj: LoadLoRAAdapterFromTensorsReqInput) -> LoRAUpdateOutput:
+        """Load an adapter from tensors in the request."""
+        return await self.adapter_calls.load_from_tensors(obj)
+
+    async def unload_lora_adapter(self, obj: UnloadLoRAAdapterReqInput) -> LoRAUpdateOutput:
+        """Unload an adapter."""
+        return await self.adapter_calls.unload(obj)
+
+    def abort_request(
+        self, rid: str | None = None, abort_all: bool = False, prefix: bool = False, lora_name: str | None = None
+    ) -> int:
         """Abort requests wherever they are: being tokenised, waiting for continue, or with the scheduler.
 
         Args:
             rid: one request, or the own rid of a call with several sequences.
             prefix: every rid in flight that starts with `rid`.
+            lora_name: every request of this adapter.
 
         Returns:
             How many sequences this matched.
         """
         if abort_all:
             records = list(self.records.values())
+        elif lora_name is not None:
+            records = self._lifecycle.with_adapter(lora_name)
         else:
             records = self._lifecycle.rids.find(rid, prefix=prefix) if rid else []
         return sum(self._lifecycle.abort(record) for record in records)
@@ -272,6 +298,13 @@ class TokenizerManager:
             return True
         self.abort_request(abort_all=True)
         return await self._lifecycle.closed(list(self.records.values()), DRAIN_ACK_SECONDS)
+
+    def _abort_holders(self, version: AdapterVersion) -> None:
+        for record in self._lifecycle.holding(version):
+            self._lifecycle.abort(record)
+
+    def _on_switch(self, old: AdapterVersion, new: AdapterVersion) -> None:
+        self._lifecycle.switch(old, new)
 
     @contextlib.asynccontextmanager
     async def _session(
@@ -336,21 +369,6 @@ def _require_room(config: Config, ready: Ready | None, num_records: int) -> None
     running = config.schedule.max_running_requests if ready is None else ready.max_running_requests
     if num_records > running + config.schedule.max_queued_requests:
         raise ServiceUnavailableError("The request queue is full.")
-
-
-def _pause_mode(obj: PauseGenerationReqInput | None) -> PauseMode:
-    if obj is None:
-        return PauseMode.ABORT
-    try:
-        return PauseMode(obj.mode)
-    except ValueError:
-        modes = ", ".join(mode.value for mode in PauseMode)
-        raise RequestError(f"mode must be one of {modes}, got {obj.mode!r}.") from None
-
-
-def _require_success(reply: CallReply) -> None:
-    if not reply.success:
-        raise RequestError(f"The scheduler refused: {reply.message}.")
 
 
 async def _call_when_gone(client: Client, callback: Callable[[], None]) -> None:

@@ -5,7 +5,11 @@ from sglang.srt.managers.io_struct.requests import (
     ContinueGenerationReqInput,
     FlushCacheReqInput,
     GenerateReqInput,
+    LoadLoRAAdapterFromTensorsReqInput,
+    LoadLoRAAdapterReqInput,
+    LoRAUpdateOutput,
     PauseGenerationReqInput,
+    UnloadLoRAAdapterReqInput,
 )
 
 __all__ = [
@@ -13,5 +17,9 @@ __all__ = [
     "ContinueGenerationReqInput",
     "FlushCacheReqInput",
     "GenerateReqInput",
+    "LoRAUpdateOutput",
+    "LoadLoRAAdapterFromTensorsReqInput",
+    "LoadLoRAAdapterReqInput",
     "PauseGenerationReqInput",
+    "UnloadLoRAAdapterReqInput",
 ]

@@ -6,7 +6,7 @@ Parsing follows stock: unknown keys are ignored, numeric strings coerce, `null` 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -152,23 +152,110 @@ class GenerateReqInput(msgspec.Struct, kw_only=True, dict=True):
 
 
 class AbortReq(msgspec.Struct, kw_only=True):
-    """Body of `/abort_request`: one rid, every rid that starts with it (`prefix`), or everything."""
+    """Body of `/abort_request`: one rid, every rid that starts with it (`prefix`), an adapter's requests, or all."""
 
     rid: str | None = None
     abort_all: bool = False
     prefix: bool = False
+    lora_name: str | None = None
 
 
 class PauseGenerationReqInput(msgspec.Struct, kw_only=True):
-    """Body of `/pause_generation`."""
+    """Body of `/pause_generation`.
+
+    Fields:
+        lora_name: pause the requests of one adapter only (mode abort).
+        owner: who pauses; a continue that names another owner is refused.
+        timeout: seconds until the pause ends by itself, 0 for never; default: SGLANG_PAUSE_TIMEOUT.
+    """
 
     mode: PauseMode = PauseMode.ABORT
+    lora_name: str | None = None
+    owner: str | None = None
+    timeout: Annotated[float, msgspec.Meta(ge=0.0)] | None = None
 
 
 class ContinueGenerationReqInput(msgspec.Struct, kw_only=True):
-    """Body of `/continue_generation`; the field is accepted for stock's clients and has no effect without CUDA."""
+    """Body of `/continue_generation`; `torch_empty_cache` is taken for stock's clients and has no effect."""
 
     torch_empty_cache: bool = True
+    lora_name: str | None = None
+    owner: str | None = None
+
+
+class LoadLoRAAdapterReqInput(msgspec.Struct, kw_only=True):
+    """Body of `/load_lora_adapter`.
+
+    Fields:
+        upsert: publish a new version of a name that is taken.
+        mode: what a new version does to running requests: they finish on the old one, or switch at the next step.
+    """
+
+    lora_name: str
+    lora_path: str
+    pinned: bool = False
+    upsert: bool = False
+    mode: Literal["finish_old", "switch"] = "finish_old"
+
+
+class LoadLoRAAdapterFromTensorsReqInput(msgspec.Struct, kw_only=True):
+    """Body of `/load_lora_adapter_from_tensors`; exactly one of the two tensor fields.
+
+    Fields:
+        config_dict: what adapter_config.json would say.
+        serialized_tensors: base64 of a safetensors image, or of the clients' pickled dict of tensors.
+        serialized_named_tensors: the same, one item per tensor-parallel rank.
+        load_format: flattened_bucket, safetensors, or None to look at the bytes.
+    """
+
+    lora_name: str
+    config_dict: dict[str, Any]
+    serialized_tensors: str | None = None
+    serialized_named_tensors: list[str] | str | None = None
+    pinned: bool = False
+    upsert: bool = False
+    mode: Literal["finish_old", "switch"] = "finish_old"
+    load_format: str | None = None
+    added_tokens_config: dict[str, Any] | None = None
+    expected_checksums: Any = None
+
+
+class UnloadLoRAAdapterReqInput(msgspec.Struct, kw_only=True):
+    """Body of `/unload_lora_adapter`.
+
+    Fields:
+        timeout: seconds to wait for the requests that hold the adapter; None waits for as long as they run.
+        abort: end them.
+    """
+
+    lora_name: str
+    timeout: Annotated[float, msgspec.Meta(ge=0.0)] | None = None
+    abort: bool = False
+
+
+class LoRAUpdateOutput(msgspec.Struct, kw_only=True):
+    """Reply of the adapter endpoints; the first five fields are upstream's.
+
+    Fields:
+        loaded_adapters: name -> path of every adapter with a name, after the call.
+        error_code: see errors.AdapterError.
+        lora_version, digest, num_tensors, rank, nbytes: of the version that was loaded.
+        num_holders: requests that an unloaded adapter still waits for.
+    """
+
+    rid: str | None = None
+    http_worker_ipc: str | None = None
+    success: bool = True
+    error_message: str = ""
+    loaded_adapters: dict[str, str] = {}
+    error_code: str | None = None
+    lora_name: str | None = None
+    lora_version: int | None = None
+    digest: str | None = None
+    num_tensors: int | None = None
+    rank: int | None = None
+    nbytes: int | None = None
+    num_holders: int | None = None
 
 
 class FlushCacheReqInput(msgspec.Struct, kw_only=True):

@@ -289,9 +289,7 @@ class BackFailed(msgspec.Struct, tag="failed", array_like=True, frozen=True):
     message: str
 
 
-Call = (
-    PauseCall | ContinueCall | FlushCacheCall | StatsCall | StageAdapterCall | FreeAdapterCall | SwitchVersionCall
-)
+Call = PauseCall | ContinueCall | FlushCacheCall | StatsCall | StageAdapterCall | FreeAdapterCall | SwitchVersionCall
 ToBack = SubmitBatch | AbortRequests | StopRequests | Call
 ToFront = Ready | StepOutput | StatsPush | CallReply | BackFailed
 

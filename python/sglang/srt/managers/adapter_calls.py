@@ -1,0 +1,157 @@
+"""The adapter endpoints without their HTTP: request objects in, upstream's reply objects out.
+
+Created by TokenizerManager. Every outcome is a `LoRAUpdateOutput`; only a dead back raises.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+from sglang.srt.errors import AdapterError
+from sglang.srt.lora.lease import AdapterVersion
+from sglang.srt.managers.adapter_service import AdapterService, LoadRequest, ReadAdapter
+from sglang.srt.managers.io_struct.requests import (
+    LoadLoRAAdapterFromTensorsReqInput,
+    LoadLoRAAdapterReqInput,
+    LoRAUpdateOutput,
+    UnloadLoRAAdapterReqInput,
+)
+
+TENSOR_SOURCE = "__tensor__"
+"""Upstream's path of an adapter that came as tensors."""
+
+
+class Reader(Protocol):
+    """`lora.adapter_reader.AdapterReader`."""
+
+    def read_directory(self, path: str) -> ReadAdapter:
+        """From a directory."""
+
+    def read_tensors(
+        self,
+        config_dict: dict[str, Any],
+        payload: str | list[str] | bytes,
+        load_format: str | None,
+        expected_checksums: Any = None,
+    ) -> ReadAdapter:
+        """From a request."""
+
+
+class AdapterCalls:
+    """Load, unload and list.
+
+    Args:
+        freezes: whether a pause keeps requests from ending, so that nobody must wait for one.
+    """
+
+    def __init__(self, service: AdapterService, reader: Reader | None, freezes: Callable[[], bool]) -> None:
+        self._service = service
+        self._reader = reader
+        self._freezes = freezes
+
+    async def load(self, obj: LoadLoRAAdapterReqInput) -> LoRAUpdateOutput:
+        """Load from a directory."""
+        return await self._replied(obj.lora_name, self._load(obj))
+
+    async def load_from_tensors(self, obj: LoadLoRAAdapterFromTensorsReqInput) -> LoRAUpdateOutput:
+        """Load from tensors in the request."""
+        return await self._replied(obj.lora_name, self._load_from_tensors(obj))
+
+    async def unload(self, obj: UnloadLoRAAdapterReqInput) -> LoRAUpdateOutput:
+        """Unload. While a pause keeps its holders from ending, the reply comes at once and says how many there are."""
+        return await self._replied(obj.lora_name, self._unload(obj))
+
+    def listing(self) -> dict[str, Any]:
+        """Every version in memory, for `/lora_adapters`."""
+        registry = self._service.registry
+        return {"adapters": [_describe(version) for version in registry.versions.values()]}
+
+    async def _load(self, obj: LoadLoRAAdapterReqInput) -> dict[str, Any]:
+        reader = self._require_reader()
+        return _loaded(
+            await self._service.load(
+                LoadRequest(
+                    name=obj.lora_name,
+                    source=obj.lora_path,
+                    read=lambda: reader.read_directory(obj.lora_path),
+                    pinned=obj.pinned,
+                    upsert=obj.upsert,
+                    mode=obj.mode,
+                )
+            )
+        )
+
+    async def _load_from_tensors(self, obj: LoadLoRAAdapterFromTensorsReqInput) -> dict[str, Any]:
+        reader, payload = self._require_reader(), _payload(obj)
+        first = payload if isinstance(payload, str) else payload[0]
+        return _loaded(
+            await self._service.load(
+                LoadRequest(
+                    name=obj.lora_name,
+                    source=TENSOR_SOURCE,
+                    read=lambda: reader.read_tensors(obj.config_dict, payload, obj.load_format, obj.expected_checksums),
+                    identity=zlib.crc32(first.encode()),
+                    pinned=obj.pinned,
+                    upsert=obj.upsert,
+                    mode=obj.mode,
+                )
+            )
+        )
+
+    async def _unload(self, obj: UnloadLoRAAdapterReqInput) -> dict[str, Any]:
+        wait = obj.abort or not self._freezes()
+        versions = await self._service.unload(obj.lora_name, obj.timeout, abort=obj.abort, wait=wait)
+        return {
+            "nbytes": sum(version.info.nbytes for version in versions),
+            "num_holders": sum(version.num_holders for version in versions),
+        }
+
+    def _require_reader(self) -> Reader:
+        self._service.require_enabled()
+        assert self._reader is not None
+        return self._reader
+
+    async def _replied(self, name: str, work: Awaitable[dict[str, Any]]) -> LoRAUpdateOutput:
+        try:
+            fields: dict[str, Any] = await work
+        except AdapterError as error:
+            fields = {"success": False, "error_message": error.message, "error_code": error.code}
+        loaded = {n: ref.lora_path or "" for n, ref in self._service.registry.get_all_adapters().items()}
+        return LoRAUpdateOutput(lora_name=name, loaded_adapters=loaded, **fields)
+
+
+def _payload(obj: LoadLoRAAdapterFromTensorsReqInput) -> str | list[str]:
+    given = [p for p in (obj.serialized_tensors, obj.serialized_named_tensors) if p]
+    if len(given) != 1:
+        raise AdapterError(
+            "invalid_adapter", "Send the tensors in one of serialized_tensors and serialized_named_tensors."
+        )
+    if obj.added_tokens_config:
+        raise AdapterError("invalid_adapter", "added_tokens_config: adapters that add tokens are not supported.")
+    return given[0]
+
+
+def _loaded(version: AdapterVersion) -> dict[str, Any]:
+    info = version.info
+    return {
+        "lora_version": version.version_id,
+        "digest": info.digest,
+        "num_tensors": info.num_tensors,
+        "rank": info.rank,
+        "nbytes": info.nbytes,
+    }
+
+
+def _describe(version: AdapterVersion) -> dict[str, Any]:
+    return {
+        "lora_name": version.name,
+        "lora_path": version.ref.lora_path,
+        "state": version.state.name.lower(),
+        **_loaded(version),
+        "num_leases": len(version.leases),
+        "num_holders": version.num_holders,
+        "pinned": version.pinned,
+        "source": "tensors" if version.info.source == TENSOR_SOURCE else "path",
+    }

@@ -1,0 +1,279 @@
+"""Loads, publishes, replaces, evicts and unloads adapters: everything about them that takes time.
+
+Owned by TokenizerManager; endpoints and the launcher call `load` and `unload`. The registry decides what a name means,
+the reader makes bytes into an `Adapter` in a worker thread, the back stages it; only then is the name published.
+Invariants: loads of one name run one after the other, loads of different names beside each other, and none of them
+waits for a request; a load that has begun ends on its own, whoever asked for it may leave; a failed load leaves nothing
+in either process; a retired version is freed by the end of its last lease and by nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from sglang.srt.config.sections import LoRASection
+from sglang.srt.errors import AdapterError, ServiceUnavailableError
+from sglang.srt.lora.adapter import Adapter
+from sglang.srt.lora.lease import AdapterInfo, AdapterVersion, LoRARef, VersionState
+from sglang.srt.lora.lora_registry import LoRARegistry
+from sglang.srt.managers.control_client import ControlClient
+from sglang.srt.managers.io_struct.wire import CallReply
+
+logger = logging.getLogger(__name__)
+
+Mode = Literal["finish_old", "switch"]
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9._@/+-]{1,256}")
+_FAMILY = re.compile(r"(.*\D)\d+")
+
+
+class ReadAdapter(Protocol):
+    """A validated adapter in host memory, which `close` gives back."""
+
+    adapter: Adapter
+    digest: str
+    num_tensors: int
+    nbytes: int
+    max_rank: int
+
+    def close(self) -> None:
+        """Give the memory back."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRequest:
+    """One load.
+
+    Fields:
+        source: path, or how the tensors came; part of what makes two loads the same.
+        read: makes the bytes an adapter; runs in a worker thread.
+        identity: of the payload, when the source does not tell (tensors in a request).
+        upsert: publish over a name that is taken; `mode` says whether running requests stay on the old version.
+    """
+
+    name: str
+    source: str
+    read: Callable[[], ReadAdapter]
+    identity: int = 0
+    pinned: bool = False
+    upsert: bool = False
+    mode: Mode = "finish_old"
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for loads that ask for the same."""
+        return self.source, self.identity, self.pinned, self.upsert, self.mode
+
+
+class AdapterService:
+    """See the module.
+
+    Args:
+        abort_holders: aborts every request that holds a version.
+        on_switch: told when the requests of a version (first) have moved to another (second).
+        on_publish: told how many seconds a load took.
+    """
+
+    def __init__(
+        self,
+        lora: LoRASection,
+        control: ControlClient,
+        abort_holders: Callable[[AdapterVersion], object],
+        on_switch: Callable[[AdapterVersion, AdapterVersion], None],
+        on_publish: Callable[[float], None] | None = None,
+    ) -> None:
+        self.registry = LoRARegistry(on_free=self._free)
+        self.evictions = 0
+        self.free_failures = 0
+        self._lora = lora
+        self._control = control
+        self._abort_holders = abort_holders
+        self._on_switch = on_switch
+        self._on_publish = on_publish
+        self._loading: dict[str, tuple[tuple[object, ...], asyncio.Task[AdapterVersion]]] = {}
+
+    def require_enabled(self) -> None:
+        """Refuse when the server was started without adapters.
+
+        Raises:
+            AdapterError: not_enabled.
+        """
+        if not self._lora.enabled:
+            raise AdapterError("not_enabled", "LoRA is not enabled. Please set `--enable-lora` to enable LoRA.")
+
+    async def load(self, request: LoadRequest) -> AdapterVersion:
+        """Read, stage and publish an adapter. A load that asks for what one in progress asks for joins it.
+
+        Raises:
+            AdapterError: the name is taken (and upsert was not asked for), the adapter is invalid, or no room.
+            ServiceUnavailableError: the back is dead.
+        """
+        self.require_enabled()
+        _check_name(request.name)
+        before = self._loading.get(request.name)
+        if before is not None and before[0] == request.key:
+            return await asyncio.shield(before[1])
+        task = asyncio.create_task(self._load(request, None if before is None else before[1]))
+        self._loading[request.name] = request.key, task
+        task.add_done_callback(lambda _: self._ended(request.name, task))
+        return await asyncio.shield(task)
+
+    async def unload(
+        self, name: str, timeout: float | None = None, *, abort: bool = False, wait: bool = True
+    ) -> list[AdapterVersion]:
+        """Take no new requests for a name, and wait until every version loaded under it is out of memory.
+
+        Args:
+            timeout: seconds to wait; the versions are retired all the same, and go when their holders end.
+            abort: end the requests that hold them.
+            wait: False returns at once.
+
+        Returns:
+            The versions that were, or are still to be, freed.
+
+        Raises:
+            AdapterError: no such adapter; or (busy) `timeout` was not enough: the message says how many hold on.
+        """
+        self.require_enabled()
+        versions = [v for v in self.registry.named(name) if v.state is not VersionState.STAGING]
+        if not versions:
+            loaded = sorted(self.registry.get_all_adapters())
+            raise AdapterError("adapter_not_found", f"LoRA with name {name} does not exist. Loaded LoRAs: {loaded}")
+        for version in versions:
+            self.registry.retire(version)
+            if abort:
+                self._abort_holders(version)
+        if wait and not await self.registry.wait_gone(versions, timeout):
+            holders = sum(version.num_holders for version in versions)
+            raise AdapterError(
+                "busy",
+                f"LoRA adapter {name} takes no new requests, but {holders} running ones still hold it after "
+                f"{timeout:g} s; it is freed when they end. Ask again, or with abort=true.",
+            )
+        return versions
+
+    async def _load(self, request: LoadRequest, before: asyncio.Task[AdapterVersion] | None) -> AdapterVersion:
+        if before is not None:
+            await asyncio.wait([before])
+        started = time.perf_counter()
+        self._check_room(request)
+        read = await asyncio.to_thread(request.read)
+        info = AdapterInfo(read.digest, read.nbytes, read.num_tensors, read.max_rank, request.source)
+        ref = LoRARef(lora_name=request.name, lora_path=request.source, pinned=request.pinned)
+        version = self.registry.new_version(ref, info)
+        try:
+            reply = await self._control.stage_adapter(version.version_id, read.adapter)
+            if not reply.success:
+                raise AdapterError("invalid_adapter", f"Failed to load LoRA adapter {request.name}: {reply.message}")
+        except BaseException:
+            self.registry.freed(version)
+            raise
+        finally:
+            read.close()
+        await self._publish(version, request.mode)
+        if self._on_publish is not None:
+            self._on_publish(time.perf_counter() - started)
+        return version
+
+    def _check_room(self, request: LoadRequest) -> None:
+        current = self.registry.get(request.name)
+        if current is not None and not request.upsert:
+            raise AdapterError(
+                "already_loaded",
+                f"Failed to load LoRA adapter {request.name} because it is already loaded. Unload it first, or load "
+                "with upsert=true to publish a new version.",
+            )
+        others = [v for v in self.registry.serving() if v is not current]
+        pinned = sum(v.pinned for v in others)
+        if request.pinned and pinned >= self._lora.max_loras_per_batch - 1:
+            raise AdapterError(
+                "capacity",
+                f"Failed to load LoRA adapter {request.name} as a pinned adapter: {pinned} are pinned already, and "
+                f"--max-loras-per-batch {self._lora.max_loras_per_batch} must leave one slot for the others.",
+            )
+        limit = self._lora.max_loaded_loras
+        if limit is not None and len(others) >= limit and pinned >= limit:
+            raise AdapterError(
+                "capacity",
+                f"Failed to load LoRA adapter {request.name}: all {pinned} of --max-loaded-loras {limit} are pinned.",
+            )
+
+    async def _publish(self, version: AdapterVersion, mode: Mode) -> None:
+        previous = self.registry.publish(version)
+        if previous is not None:
+            if mode == "switch" and previous.leases:
+                await self._switch(previous, version)
+            self.registry.retire(previous)
+        self._enforce_limits(version)
+
+    async def _switch(self, old: AdapterVersion, new: AdapterVersion) -> None:
+        # Held meanwhile: an unload in between must not free what the back moves requests to.
+        with self.registry.hold(new):
+            reply = await self._control.switch_version(old.version_id, new.version_id)
+            if reply.success:
+                self._on_switch(old, new)
+            else:
+                logger.error("running requests of %s stay on version %d: %s", old.name, old.version_id, reply.message)
+
+    def _enforce_limits(self, newest: AdapterVersion) -> None:
+        """Retire what --lora-keep-last and --max-loaded-loras leave no place for; never what has just come."""
+        keep, limit = self._lora.keep_last, self._lora.max_loaded_loras
+        family = _family(newest.name)
+        if keep is not None and family is not None:
+            members = [v for v in self.registry.serving() if _family(v.name) == family and not v.pinned]
+            for version in members[:-keep]:
+                self._evict(version)
+        while limit is not None and self.registry.num_registered_loras > limit:
+            candidates = [v for v in self.registry.serving() if not v.pinned and v is not newest]
+            if not candidates:
+                return
+            self._evict(min(candidates, key=self._eviction_order))
+
+    def _eviction_order(self, version: AdapterVersion) -> tuple[bool, int]:
+        """Idle ones first: nobody is surprised, and memory comes back at once."""
+        age = version.published if self._lora.eviction_policy == "fifo" else version.last_used
+        return bool(version.leases), age
+
+    def _evict(self, version: AdapterVersion) -> None:
+        self.evictions += 1
+        self.registry.retire(version)
+
+    def _free(self, version: AdapterVersion) -> None:
+        """Nobody can use the version any more: tell the back."""
+        try:
+            reply = self._control.free_adapter(version.version_id)
+        except ServiceUnavailableError:  # its memory went with the back
+            self.registry.freed(version)
+            return
+        reply.add_done_callback(lambda future: self._freed(version, future))
+
+    def _freed(self, version: AdapterVersion, future: asyncio.Future[CallReply]) -> None:
+        if not future.cancelled() and future.exception() is None and not future.result().success:
+            self.free_failures += 1
+            logger.error("version %d could not be freed: %s", version.version_id, future.result().message)
+        self.registry.freed(version)
+
+    def _ended(self, name: str, task: asyncio.Task[AdapterVersion]) -> None:
+        if name in self._loading and self._loading[name][1] is task:
+            del self._loading[name]
+        if not task.cancelled() and task.exception() is not None:
+            logger.warning("adapter %s was not loaded: %s", name, task.exception())
+
+
+def _check_name(name: str) -> None:
+    if not NAME_PATTERN.fullmatch(name):
+        raise AdapterError(
+            "invalid_adapter", f"lora_name {name!r} must be 1 to 256 letters, digits or ._@/+- characters."
+        )
+
+
+def _family(name: str) -> str | None:
+    """What names of successive policies have in common (``policy-v`` of ``policy-v7``); None for other names."""
+    match = _FAMILY.fullmatch(name)
+    return match[1] if match else None
