@@ -14,6 +14,8 @@ from soak_control import Controls
 from sglang.benchmark.http_client import fetch
 
 IDLE_TIMEOUT = 20.0
+MAX_OTHER_SHARE = 0.1
+"""Share of repeated requests that may end up with other tokens."""
 MAX_REPLAYS = 20
 
 
@@ -27,6 +29,7 @@ class Audit:
 
     def __init__(self, controls: Controls, timeout: float) -> None:
         self.url, self.outcome, self._controls, self._timeout = controls.url, controls.outcome, controls, timeout
+        self._others: list[str] = []
 
     async def run(self, repeatable: list[tuple[Case, Any]], seed: int) -> None:
         """Everything.
@@ -49,6 +52,7 @@ class Audit:
         await self._audit_metrics()
         for case, before in random.Random(seed).sample(repeatable, min(MAX_REPLAYS, len(repeatable))):
             await self._replay(case, before)
+        self._audit_replays()
         await self._controls.expect("afterwards", "GET", "/health", 200)
 
     async def _wait_idle(self) -> dict[str, Any]:
@@ -87,5 +91,14 @@ class Audit:
         now = reply.json()
         self.outcome.counts["replays"] += 1
         if now["output_ids"] != before["output_ids"] or now["text"] != before["text"]:
-            ids = f"{before['output_ids']} then {now['output_ids']}"
-            self.outcome.blame(f"case {case.index} repeated", [f"other tokens: {ids} | {str(case.body)[:300]}"])
+            self.outcome.counts["replays_other"] += 1
+            self._others.append(f"case {case.index}: {before['output_ids']} then {now['output_ids']}")
+
+    def _audit_replays(self) -> None:
+        """Seeded requests repeat, except where the last bits decide.
+
+        Sums are added in another order in another batch, so a drawn number that falls on the border of two tokens may
+        fall on the other side.
+        """
+        if len(self._others) > MAX_OTHER_SHARE * self.outcome.counts["replays"]:
+            self.outcome.blame("repeated", self._others)

@@ -1,7 +1,8 @@
 """A model runner without a model: the next token is a hash of the tokens whose KV the page table leads to.
 
 Any mistake in paging, prefix sharing, chunking, retraction or overlap changes the output, because what is hashed is
-what the pool's rows hold, not what the request says. `expected` is the same function on plain lists.
+what the pool's rows hold, not what the request says. A row also holds the adapter version it was computed with.
+`expected` is the same function on plain lists.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ import numpy as np
 import torch
 
 from sglang.srt.config.sections import ScheduleSection
+from sglang.srt.lora.lora_manager import LoRAManager
+from sglang.srt.lora.slots import SlotPool
+from sglang.srt.managers import invariants
 from sglang.srt.managers.io_struct import wire
-from sglang.srt.managers.io_struct.wire import Finish
+from sglang.srt.managers.io_struct.wire import BASE_VERSION, Finish
 from sglang.srt.managers.planner import Planner
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.mem_cache.kv_manager import KVManager
@@ -30,12 +34,26 @@ def next_token(tokens: list[int]) -> int:
     return zlib.crc32(np.array(tokens, dtype="<i8").tobytes()) % VOCAB
 
 
-def expected(prompt: list[int], count: int) -> list[int]:
+def expected(prompt: list[int], count: int, version: int = 0) -> list[int]:
     """What the fake model generates."""
-    tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(next_token(tokens))
-    return tokens[len(prompt) :]
+    return expected_spans(prompt, [(version, count)])
+
+
+def expected_spans(prompt: list[int], spans: list[tuple[int, int]]) -> list[int]:
+    """The same when a request is switched: (version, tokens drawn with it), in order; KV is kept."""
+    rows = [coded(token, spans[0][0]) for token in prompt]
+    output: list[int] = []
+    for version, count in spans:
+        for _ in range(count):
+            # A drawn token's KV is computed by the step that draws the next one.
+            rows += [coded(token, version) for token in output[len(rows) - len(prompt) :]]
+            output.append(next_token(rows))
+    return output
+
+
+def coded(token: int, version: int) -> int:
+    """What a KV row holds."""
+    return token + VOCAB * version
 
 
 @dataclass
@@ -60,8 +78,9 @@ class FakeRunner:
 
     device = torch.device("cpu")
 
-    def __init__(self, kv: KVManager) -> None:
+    def __init__(self, kv: KVManager, lora: LoRAManager | None = None) -> None:
         self.kv = kv
+        self.lora = lora
         self.pool = np.full((kv.capacity, 2), -1, dtype=np.int64)
         self.last = np.full(len(kv.table.host), -1, dtype=np.int64)
         self.nan_slots: set[int] = set()
@@ -69,9 +88,11 @@ class FakeRunner:
 
     def launch(self, step: StepInput) -> FakeResult:
         self.steps.append(step)
+        self._check_versions(step)
         input_ids = step.input_ids.copy()
         input_ids[step.decode_rows] = self.last[step.decode_slots]
-        self.pool[step.out_locs] = np.stack([input_ids, step.positions], axis=1)
+        versions = np.repeat(step.versions, step.shape.query_lens)
+        self.pool[step.out_locs] = np.stack([coded(input_ids, versions), step.positions], axis=1)
         contexts = [self._context(int(s), int(n)) for s, n in zip(step.slots, step.shape.kv_lens, strict=True)]
         ends = (np.cumsum(step.shape.query_lens) - 1).tolist()
         sampled = [ends.index(row) for row in step.sample_rows.tolist()]
@@ -79,6 +100,12 @@ class FakeRunner:
         assert step.slots[sampled].tolist() == step.sample_slots.tolist()
         self.last[step.sample_slots] = tokens
         return FakeResult(tokens, [int(s) in self.nan_slots for s in step.sample_slots])
+
+    def _check_versions(self, step: StepInput) -> None:
+        """B1: a step never names a version that has no slot, or no weights."""
+        named = set(step.versions.tolist()) - {BASE_VERSION}
+        assert named <= set(step.lora_slots)
+        assert not named or (self.lora is not None and named <= self.lora.versions)
 
     def _context(self, slot: int, length: int) -> list[int]:
         size = self.kv.page_size
@@ -117,9 +144,25 @@ class Received:
 
 
 class Bench:
-    """A scheduler on a fake runner and channel, driven step by step."""
+    """A scheduler on a fake runner and channel, driven step by step.
 
-    def __init__(self, *, pages: int = 256, page_size: int = 1, slots: int = 8, depth: int = 0, **schedule) -> None:  # type: ignore[no-untyped-def]
+    Args:
+        lora: adapter versions, perhaps some staged already; None serves the base model only.
+        lora_slots: which of them may run together.
+    """
+
+    def __init__(  # type: ignore[no-untyped-def]
+        self,
+        *,
+        pages: int = 256,
+        page_size: int = 1,
+        slots: int = 8,
+        depth: int = 0,
+        lora: LoRAManager | None = None,
+        lora_slots: SlotPool | None = None,
+        channel: FakeChannel | None = None,
+        **schedule,
+    ) -> None:
         options = {
             "policy": "fcfs",
             "conservativeness": 1.0,
@@ -133,12 +176,14 @@ class Bench:
         }
         enable_cache = schedule.pop("enable_cache", True)
         self.kv = KVManager(pages, page_size, slots, 512, FakeRunner.device, enable_cache)
-        self.runner = FakeRunner(self.kv)
-        self.channel = FakeChannel()
-        self.planner = Planner(ScheduleSection(**{**options, **schedule}), self.kv)
-        self.scheduler = Scheduler(self.channel, self.runner, self.planner, VOCAB, depth)  # type: ignore[arg-type]
+        self.lora = lora
+        self.runner = FakeRunner(self.kv, lora)
+        self.channel = channel or FakeChannel()
+        self.planner = Planner(ScheduleSection(**{**options, **schedule}), self.kv, lora_slots)
+        self.scheduler = Scheduler(self.channel, self.runner, self.planner, VOCAB, depth, lora)  # type: ignore[arg-type]
         self.received: dict[int, Received] = {}
         self.replies: dict[int, wire.CallReply] = {}
+        self.tokens_at_reply: dict[int, dict[int, int]] = {}
 
     def submit(self, req_id: int, prompt: list[int], max_new_tokens: int = 4, **options) -> None:  # type: ignore[no-untyped-def]
         fields = {k: options.pop(k) for k in ("version_id", "extra_key", "priority", "return_logprob") if k in options}
@@ -166,11 +211,18 @@ class Bench:
         self.step()
         return self.replies[message.call_id]  # type: ignore[union-attr]
 
+    def assert_clean(self) -> None:
+        """An idle scheduler holds nothing."""
+        versions = self.lora.versions if self.lora else frozenset()
+        assert invariants.violations(self.planner, len(self.scheduler.control.requests), versions) == []
+        assert self.scheduler.stats.violations == 0
+
     def _collect(self) -> None:
         sent, self.channel.sent = self.channel.sent, []
         for message in sent:
             if isinstance(message, wire.CallReply):
                 self.replies[message.call_id] = message
+                self.tokens_at_reply[message.call_id] = {i: len(got.tokens) for i, got in self.received.items()}
             if isinstance(message, wire.StepOutput):
                 self._collect_rows(message)
 

@@ -11,11 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from engine.fake_runner import FakeChannel
 
 from sglang.srt.config.resolve import resolve
+from sglang.srt.config.sections import LoRASection
+from sglang.srt.lora.adapter import Adapter
+from sglang.srt.lora.slots import SlotPool
 from sglang.srt.managers.io_struct import wire
 from sglang.srt.managers.io_struct.wire import Finish
 from sglang.srt.managers.planner import Planner
@@ -101,24 +105,43 @@ def table(positions: wire.Positions | None) -> list[np.ndarray]:
 
 
 class RealBench:
-    """An engine on `path`, driven step by step. Keyword arguments are launch flags."""
+    """An engine on `path`, driven step by step. Keyword arguments are launch flags.
 
-    def __init__(self, path: Path, depth: int = 0, **flags: Any) -> None:
+    Args:
+        lora_slots: adapter versions that may run together; 0 serves the base model only.
+    """
+
+    def __init__(self, path: Path, depth: int = 0, lora_slots: int = 0, **flags: Any) -> None:
         args = ServerArgs(model_path=str(path), skip_tokenizer_init=True, random_seed=0, **flags)
-        self.config = resolve(args)
+        lora = LoRASection(enabled=lora_slots > 0, max_loras_per_batch=lora_slots)
+        self.config = msgspec.structs.replace(resolve(args), lora=lora)
         self.engine = build_engine(self.config)
         self.channel = FakeChannel()
-        self.planner = Planner(self.config.schedule, self.engine.kv)
-        self.scheduler = Scheduler(self.channel, self.engine.runner, self.planner, VOCAB, depth)  # type: ignore[arg-type]
+        self.planner = Planner(self.config.schedule, self.engine.kv, SlotPool(lora_slots))
+        self.scheduler = Scheduler(self.channel, self.engine.runner, self.planner, VOCAB, depth, self.engine.lora)
         self.results: dict[int, Result] = {}
+        self.replies: dict[int, wire.CallReply] = {}
 
-    def submit(self, req_id: int, prompt: list[int], count: int, *, score_prompt: bool, **params: Any) -> None:
+    def stage(self, version_id: int, adapter: Adapter) -> None:
+        """Make a version known, at once."""
+        assert self.engine.lora is not None
+        self.engine.lora.commit(version_id, self.engine.lora.stage(adapter))
+
+    def call(self, message: wire.Call) -> wire.CallReply:
+        self.channel.put(message)
+        self.step()
+        return self.replies[message.call_id]
+
+    def submit(
+        self, req_id: int, prompt: list[int], count: int, *, score_prompt: bool, version_id: int = 0, **params: Any
+    ) -> None:
         sampling = SamplingParams.from_dict({"max_new_tokens": count, "ignore_eos": True, **params})
         spec = sampling.resolve(vocab_size=VOCAB, eos_ids=(), max_new_tokens=count, seed=req_id)
         request = wire.SubmitRequest(
             req_id,
             wire.pack(prompt, "<i4"),
             spec,
+            version_id=version_id,
             return_logprob=True,
             logprob_start=0 if score_prompt else len(prompt),
             top_logprobs_num=VOCAB,
@@ -133,6 +156,8 @@ class RealBench:
             for message in sent:
                 if isinstance(message, wire.StepOutput):
                     self._collect(message)
+                if isinstance(message, wire.CallReply):
+                    self.replies[message.call_id] = message
 
     def run(self) -> None:
         self.step()

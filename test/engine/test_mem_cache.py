@@ -112,6 +112,39 @@ def test_reserve_evicts_and_refuses_without_change() -> None:
     assert (kv.used, seq.num_pages) == (4, 4)
 
 
+def test_e2_a_dropped_version_leaves_no_page() -> None:
+    kv = manager()
+    for namespace in (Namespace(1), Namespace(1, "salt"), BASE):
+        kv.close(start(kv, tokens(1, 2, 3), namespace), tokens(1, 2, 3))
+    kv.drop_version(1)
+    assert kv.cache.versions == {0} and kv.cache.num_condemned == 0
+    assert kv.allocator.num_free == 13 and kv.cache.evictable_pages == 3
+    assert len(kv.match(Namespace(1), tokens(1, 2, 3)).pages) == 0
+
+
+def test_pages_of_a_dropped_version_go_with_their_last_reader() -> None:
+    kv = manager()
+    kv.close(start(kv, tokens(1, 2, 3, 4), Namespace(1)), tokens(1, 2, 3, 4))
+    seq = start(kv, tokens(1, 2, 9), Namespace(1))
+    seq.private = True
+    kv.drop_version(1)
+    assert kv.cache.num_condemned == 1 and kv.cache.locked_pages == 2 and kv.cache.evictable_pages == 0
+    assert kv.reserve(seq, 14) and not kv.reserve(seq, 17), "its own pages are not evicted under it"
+    kv.close(seq, tokens(1, 2, 9))
+    assert kv.allocator.num_free == 16 and kv.cache.num_condemned == 0
+
+
+def test_private_kv_is_never_shared() -> None:
+    kv = manager()
+    seq = start(kv, tokens(1, 2, 3))
+    kv.share(seq, tokens(1, 2))
+    seq.private = True
+    kv.share(seq, tokens(1, 2, 3))
+    kv.close(seq, tokens(1, 2, 3))
+    assert kv.match(BASE, tokens(1, 2, 3)).pages.tolist() == [0, 1]
+    assert kv.allocator.num_free == 14
+
+
 def test_disabled_cache_keeps_nothing() -> None:
     kv = manager(enable_cache=False)
     kv.close(start(kv, tokens(1, 2, 3)), tokens(1, 2, 3))

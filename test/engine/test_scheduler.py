@@ -7,11 +7,11 @@ import itertools
 
 import pytest
 from engine.fake_runner import VOCAB, Bench, expected
+from engine.tiny_lora import tiny_lora
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from sglang.srt.managers import invariants
 from sglang.srt.managers.io_struct import wire
 from sglang.srt.managers.io_struct.wire import Finish, PauseMode
 
@@ -20,11 +20,6 @@ DEPTHS = pytest.mark.parametrize("depth", [0, 1], ids=["sync", "overlap"])
 
 def prompt(length: int, seed: int = 0) -> list[int]:
     return [(seed * 131 + i * 7) % VOCAB for i in range(length)]
-
-
-def assert_clean(bench: Bench) -> None:
-    assert invariants.violations(bench.planner, len(bench.scheduler.control.requests)) == []
-    assert bench.scheduler.stats.violations == 0
 
 
 def assert_served(bench: Bench, req_id: int, ids: list[int], count: int) -> None:
@@ -46,7 +41,7 @@ def test_every_mix_of_lengths_is_served(depth: int, page_size: int, mixed: bool,
     bench.run()
     for i, (ids, count) in jobs.items():
         assert_served(bench, i, ids, count)
-    assert_clean(bench)
+    bench.assert_clean()
 
 
 @DEPTHS
@@ -59,7 +54,7 @@ def test_retraction_changes_nothing_but_time(depth: int) -> None:
         assert_served(bench, i, prompt(8, i), 30)
     assert bench.planner.num_retractions > 0
     assert sum(bench.received[i].info.num_retractions for i in range(4)) == bench.planner.num_retractions
-    assert_clean(bench)
+    bench.assert_clean()
 
 
 @DEPTHS
@@ -90,7 +85,7 @@ def test_equal_prompts_that_arrive_together_are_prefilled_once(depth: int) -> No
 
 
 def test_a_namespace_never_reads_anothers_kv() -> None:
-    bench = Bench()
+    bench = Bench(**tiny_lora(1))
     for i, fields in enumerate([{}, {"version_id": 1}, {"extra_key": "salt"}, {"version_id": 1}]):
         bench.submit(i, prompt(20), 2, **fields)
         bench.run()
@@ -147,7 +142,7 @@ def test_stop_ids_end_a_sequence_after_min_new_tokens(depth: int) -> None:
     assert bench.received[0].tokens == expected(ids, 3)
     assert bench.received[0].finishes == [Finish.STOP] and bench.received[0].info.matched == third
     assert bench.received[1].tokens == expected(ids, 10)
-    assert_clean(bench)
+    bench.assert_clean()
 
 
 @DEPTHS
@@ -156,7 +151,7 @@ def test_no_new_tokens_means_prefill_only(depth: int) -> None:
     bench.submit(0, prompt(6), 0)
     bench.run()
     assert bench.received[0].tokens == [] and bench.received[0].finishes == [Finish.LENGTH]
-    assert_clean(bench)
+    bench.assert_clean()
 
 
 def test_a_prompt_larger_than_the_pool_is_refused() -> None:
@@ -166,7 +161,7 @@ def test_a_prompt_larger_than_the_pool_is_refused() -> None:
     bench.run()
     assert bench.received[0].info.status_code == 400 and "16 tokens" in bench.received[0].info.message
     assert_served(bench, 1, prompt(6), 4)
-    assert_clean(bench)
+    bench.assert_clean()
 
 
 def test_output_is_cut_at_what_the_pool_holds() -> None:
@@ -192,7 +187,7 @@ def test_abort_finds_a_request_wherever_it_is(depth: int, steps: int) -> None:
         assert got.info.message == ("Aborted" if got.info.was_running else "Abort in waiting queue")
         assert got.tokens == expected(prompt(20, i), len(got.tokens))
     bench.run()
-    assert_clean(bench)
+    bench.assert_clean()
 
 
 @DEPTHS
@@ -204,7 +199,7 @@ def test_the_front_may_stop_a_request(depth: int) -> None:
     bench.step()
     assert bench.received[0].finishes == [Finish.STOP]
     bench.run()
-    assert_clean(bench)
+    bench.assert_clean()
 
 
 @DEPTHS
@@ -226,7 +221,7 @@ def test_pause_freezes_and_continue_resumes(depth: int, mode: PauseMode) -> None
     for i in range(3):
         assert_served(bench, i, prompt(20, i), 12)
     assert_served(bench, 3, prompt(4, 3), 2)
-    assert_clean(bench)
+    bench.assert_clean()
 
 
 @DEPTHS
@@ -238,7 +233,7 @@ def test_requests_can_be_aborted_while_frozen(depth: int) -> None:
     bench.channel.put(wire.AbortRequests([0]))
     bench.step()
     assert bench.received[0].finishes == [Finish.ABORT]
-    assert_clean(bench)
+    bench.assert_clean()
 
 
 def test_flush_needs_pages_that_nobody_owns() -> None:
@@ -263,7 +258,7 @@ def test_a_row_of_nans_ends_one_request() -> None:
     bench.run()
     assert bench.received[0].finishes == [Finish.STOP] and bench.received[0].info.message == "NaN happened"
     assert_served(bench, 1, prompt(5, 1), 5)
-    assert_clean(bench)
+    bench.assert_clean()
 
 
 def test_stats_count_tokens() -> None:
@@ -292,14 +287,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             slots=4,
             chunked_prefill_size=8,
             conservativeness=0.05,
+            **tiny_lora(1),
         )
-        self.jobs: dict[int, tuple[list[int], int]] = {}
+        self.jobs: dict[int, tuple[list[int], int, int]] = {}
         self.calls = itertools.count()
 
     @rule(length=st.integers(1, 30), seed=st.integers(0, 2), count=st.integers(0, 14), version=st.integers(0, 1))
     def submit(self, length: int, seed: int, count: int, version: int) -> None:
         req_id = len(self.jobs)
-        self.jobs[req_id] = (prompt(length, seed), count)
+        self.jobs[req_id] = (prompt(length, seed), count, version)
         self.bench.submit(req_id, prompt(length, seed), count, version_id=version)
 
     @rule(count=st.integers(1, 6))
@@ -331,9 +327,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def tokens_are_right(self) -> None:
-        for req_id, (ids, count) in self.jobs.items():
+        for req_id, (ids, count, version) in self.jobs.items():
             got = self.bench.received[req_id]
-            assert got.tokens == expected(ids, len(got.tokens))
+            assert got.tokens == expected(ids, len(got.tokens), version)
             if got.finishes == [Finish.LENGTH]:
                 assert len(got.tokens) == count
 
@@ -341,7 +337,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.resume()
         self.bench.run()
         assert all(len(got.finishes) == 1 for got in self.bench.received.values())
-        assert_clean(self.bench)
+        self.bench.assert_clean()
 
 
 def machine(name: str, **attributes: object) -> type:

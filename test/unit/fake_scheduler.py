@@ -1,8 +1,10 @@
 """A scheduler that does nothing by itself: tests hand out every token, ack and reply by hand.
 
 `FakeScheduler` is the back end of a `TokenizerManager` in tests of the front's lifecycle. It records what the front
-sends (through the real wire encoding), knows which requests it owes a terminal row, and refuses to break the wire's
-promises: one terminal row per request, none for a request it was never sent.
+sends (through the real wire encoding), knows which requests it owes a terminal row and which adapter versions it has,
+and refuses to break the wire's promises: one terminal row per request, none for a request it was never sent. It also
+holds the front to its own: a request names only a version that is staged, a version id is staged once, and a version is
+freed once, when no live request names it.
 """
 
 from __future__ import annotations
@@ -14,14 +16,24 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from sglang.srt.config import sections
 from sglang.srt.config.model_config import ModelConfig
-from sglang.srt.managers.io_struct import GenerateReqInput, wire
-from sglang.srt.managers.io_struct.wire import Finish, FinishInfo, RowLogprobs
+from sglang.srt.lora.adapter import Adapter, AdapterModule, Span
+from sglang.srt.lora.lease import AdapterVersion, VersionState
+from sglang.srt.managers.io_struct import (
+    GenerateReqInput,
+    LoadLoRAAdapterFromTensorsReqInput,
+    LoadLoRAAdapterReqInput,
+    LoRAUpdateOutput,
+    UnloadLoRAAdapterReqInput,
+    wire,
+)
+from sglang.srt.managers.io_struct.wire import BASE_VERSION, Finish, FinishInfo, RowLogprobs
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.parser.tokenizer import Tokenizer
 
@@ -73,10 +85,11 @@ def make_config(**overrides: Any) -> sections.Config:
     device = section(
         sections.DeviceSection, device="cpu", gpu_id=0, attention_backend="torch_native", sampling_backend="torch"
     )
+    lora = section(sections.LoRASection)
     assert not overrides, f"unknown configuration fields: {sorted(overrides)}"
     return sections.Config(
         model=model, load=load, tokenizer=sections.TokenizerSection(path=None), memory=memory, schedule=schedule,
-        device=device, server=server, lora=sections.LoRASection(),
+        device=device, server=server, lora=lora,
     )  # fmt: skip
 
 
@@ -120,6 +133,9 @@ class FakeScheduler:
         calls: control calls without a reply, oldest first.
         batches: how many requests each SubmitBatch held.
         asked_to_end: every request the front has ever wanted ended.
+        staged: the adapter versions it has; seen_versions: every id it was ever sent; freed: in order.
+        auto_free: answer FreeAdapterCall at once.
+        made_by: for every token of a request, the version that made it.
     """
 
     live: dict[int, wire.SubmitRequest] = field(default_factory=dict)
@@ -132,6 +148,11 @@ class FakeScheduler:
     terminal: list[int] = field(default_factory=list)
     started: set[int] = field(default_factory=set)
     asked_to_end: set[int] = field(default_factory=set)
+    staged: dict[int, Adapter] = field(default_factory=dict)
+    seen_versions: set[int] = field(default_factory=set)
+    freed: list[int] = field(default_factory=list)
+    auto_free: bool = True
+    made_by: dict[int, list[int]] = field(default_factory=dict)
     paused: bool = False
     dead: bool = False
     _inbox: asyncio.Queue[wire.ToFront] = field(default_factory=asyncio.Queue)
@@ -146,7 +167,14 @@ class FakeScheduler:
             self._end(self.aborted, message.req_ids)
         elif isinstance(message, wire.StopRequests):
             self._end(self.stopped, message.req_ids)
+        elif isinstance(message, wire.FreeAdapterCall):
+            self._free(message)
         else:
+            if isinstance(message, wire.StageAdapterCall):
+                assert message.version_id not in self.seen_versions, "a version id is staged once"
+                self.seen_versions.add(message.version_id)
+            elif isinstance(message, wire.SwitchVersionCall):
+                assert {message.old_version_id, message.new_version_id} <= self.staged.keys(), "switch of the unstaged"
             self.calls.append(message)
 
     async def messages(self) -> AsyncIterator[wire.ToFront]:
@@ -170,6 +198,8 @@ class FakeScheduler:
     def step(self, *rows: Row) -> None:
         """Send one step; terminal rows must be of live requests."""
         for row in rows:
+            if row.req_id in self.live:
+                self.made_by.setdefault(row.req_id, []).extend([self.live[row.req_id].version_id] * len(row.tokens))
             if row.finish:
                 assert row.req_id in self.live, f"second terminal row of {row.req_id}"
                 del self.live[row.req_id]
@@ -206,19 +236,39 @@ class FakeScheduler:
             self.step(*rows)
         return len(rows)
 
-    def reply(self, success: bool = True, message: str = "", stats: wire.SchedulerStats | None = None) -> None:
-        """Answer the oldest control call."""
-        call = self.calls.pop(0)
+    def reply(
+        self, success: bool = True, message: str = "", stats: wire.SchedulerStats | None = None, *, place: int = 0
+    ) -> None:
+        """Answer a control call, the oldest one unless told otherwise; what it asked for is done now."""
+        call = self.calls.pop(place)
         if isinstance(call, wire.PauseCall | wire.ContinueCall):
             self.paused = isinstance(call, wire.PauseCall)
+        elif success and isinstance(call, wire.StageAdapterCall):
+            self.staged[call.version_id] = call.adapter
+        elif success and isinstance(call, wire.SwitchVersionCall):
+            for request in list(self.live.values()):
+                if request.version_id == call.old_version_id:
+                    self.live[request.req_id] = msgspec.structs.replace(request, version_id=call.new_version_id)
         self.push(wire.CallReply(call.call_id, success, message, stats))
 
     def _submit(self, message: wire.SubmitBatch) -> None:
         self.batches.append(len(message.requests))
         for request in message.requests:
             assert request.req_id not in {r.req_id for r in self.submitted}, "req_id used twice"
+            assert request.version_id == BASE_VERSION or request.version_id in self.staged, "names what is not staged"
             self.live[request.req_id] = request
             self.submitted.append(request)
+
+    def _free(self, message: wire.FreeAdapterCall) -> None:
+        version_id = message.version_id
+        assert version_id in self.staged, "freed twice, or never staged"
+        assert version_id not in {request.version_id for request in self.live.values()}, "freed under a live request"
+        del self.staged[version_id]
+        self.freed.append(version_id)
+        if self.auto_free:
+            self.push(wire.CallReply(message.call_id, True))
+        else:
+            self.calls.append(message)
 
     def _end(self, wanted: list[int], req_ids: list[int]) -> None:
         self.asked_to_end.update(req_ids)
@@ -306,6 +356,98 @@ class SlowTokenizer:
         return function(*args)
 
 
+class FakeThreads:
+    """`asyncio.to_thread` on the loop's own turns: work is done in the next turn, or when the test lets it. Undone with
+    the monkeypatch.
+
+    Attributes:
+        slow: work waits for `go`; waiting: the work that does, oldest first.
+
+    Args:
+        longer_than: texts of more characters than this are tokenised in a thread.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, longer_than: int | None = None) -> None:
+        self.slow = False
+        self.waiting: list[asyncio.Future[None]] = []
+        monkeypatch.setattr(asyncio, "to_thread", self._later)
+        if longer_than is not None:
+            monkeypatch.setattr("sglang.srt.managers.request_builder.OFF_LOOP_CHARACTERS", longer_than)
+
+    def go(self, place: int = 0) -> None:
+        """Let one piece of work through."""
+        future = self.waiting.pop(place)
+        if not future.done():
+            future.set_result(None)
+
+    def go_all(self) -> None:
+        """Let everything through, from here on."""
+        self.slow = False
+        while self.waiting:
+            self.go()
+
+    async def _later(self, function: Callable[..., Any], *args: Any) -> Any:
+        await asyncio.sleep(0)
+        if self.slow:
+            future = asyncio.get_running_loop().create_future()
+            self.waiting.append(future)
+            await future
+        return function(*args)
+
+
+@dataclass
+class FakeAdapter:
+    """What a reader returns; `closed` counts."""
+
+    adapter: Adapter
+    digest: str
+    num_tensors: int = 2
+    nbytes: int = 64
+    max_rank: int = 1
+    closed: int = 0
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.closed += 1
+
+
+@dataclass
+class FakeReader:
+    """Makes adapters out of nothing.
+
+    Fields:
+        contents: path -> what lies there (the path itself, when the test says nothing).
+        errors: path -> what reading it raises.
+        reads: everything that was read, in order; made: what came of it.
+    """
+
+    contents: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, Exception] = field(default_factory=dict)
+    reads: list[str] = field(default_factory=list)
+    made: list[FakeAdapter] = field(default_factory=list)
+
+    def read_directory(self, path: str) -> FakeAdapter:
+        """From a directory that need not exist."""
+        self.reads.append(path)
+        if path in self.errors:
+            raise self.errors[path]
+        span = Span("float32", (1, 8), 0)
+        module = AdapterModule("model.layers.0.self_attn.q_proj", 1.0, span, Span("float32", (8, 1), 32))
+        self.made.append(FakeAdapter(Adapter(path, 64, (module,)), digest=self.contents.get(path, path)))
+        return self.made[-1]
+
+    def read_tensors(
+        self, config_dict: dict[str, Any], payload: Any, load_format: str | None, expected_checksums: Any = None
+    ) -> FakeAdapter:
+        """From tensors: whatever the payload is."""
+        return self.read_directory(f"{payload}:{sorted(config_dict.items())}")
+
+    @property
+    def all_closed(self) -> bool:
+        """Whether everything that was made has been closed once."""
+        return all(made.closed == 1 for made in self.made)
+
+
 _TOKENIZER = byte_tokenizer()
 
 
@@ -315,12 +457,24 @@ def ids_of(text: str) -> list[int]:
 
 
 def make_manager(
-    scheduler: FakeScheduler, *, with_tokenizer: bool = True, metrics: Any = None, **overrides: Any
+    scheduler: FakeScheduler,
+    *,
+    with_tokenizer: bool = True,
+    metrics: Any = None,
+    lora: bool = False,
+    reader: FakeReader | None = None,
+    on_publish: Callable[[float], None] | None = None,
+    **overrides: Any,
 ) -> TokenizerManager:
-    """A TokenizerManager on a fake scheduler; keyword arguments change the configuration."""
-    args: Any = SimpleNamespace(enable_lora=False)
+    """A TokenizerManager on a fake scheduler; keyword arguments change the configuration.
+
+    With `lora`, use it under FakeThreads (as `clean_front` does).
+    """
+    args: Any = SimpleNamespace(enable_lora=lora)
     tokenizer = _TOKENIZER if with_tokenizer else None
-    return TokenizerManager(make_config(**overrides), args, scheduler, tokenizer, metrics=metrics)
+    config = make_config(enabled=lora, **overrides)
+    reader = reader or (FakeReader() if lora else None)
+    return TokenizerManager(config, args, scheduler, tokenizer, metrics, reader, on_publish)
 
 
 async def settle(turns: int = 12) -> None:
@@ -331,20 +485,28 @@ async def settle(turns: int = 12) -> None:
 
 @dataclass
 class Front:
-    """A manager, the scheduler behind it, and shorthands for tests."""
+    """A manager, the scheduler behind it, and shorthands for tests.
+
+    Fields:
+        reader, threads: with `lora` only.
+    """
 
     manager: TokenizerManager
     scheduler: FakeScheduler
+    reader: FakeReader = field(default_factory=FakeReader)
+    threads: FakeThreads | None = None
 
     @classmethod
     async def start(cls, **options: Any) -> Front:
         """A front that is up; the options are those of `make_manager`."""
-        scheduler = FakeScheduler()
+        scheduler, reader = FakeScheduler(), FakeReader()
+        if options.get("lora"):
+            options["reader"] = reader
         manager = make_manager(scheduler, **options)
         await manager.start()
         scheduler.ready()
         await manager.wait_ready(1.0)
-        return cls(manager, scheduler)
+        return cls(manager, scheduler, reader)
 
     def call(self, **fields: Any) -> Call:
         """A client that asks for something."""
@@ -366,6 +528,51 @@ class Front:
         (req_id,) = self.scheduler.live
         return req_id
 
+    # ---- adapters --------------------------------------------------------------------------------------------------
+
+    def loading(self, name: str, path: str | None = None, **fields: Any) -> asyncio.Task[LoRAUpdateOutput]:
+        """A load in progress; the scheduler does not answer by itself."""
+        obj = LoadLoRAAdapterReqInput(lora_name=name, lora_path=path or f"/adapters/{name}", **fields)
+        return asyncio.ensure_future(self.manager.load_lora_adapter(obj))
+
+    def loading_tensors(self, name: str, tensors: str, **fields: Any) -> asyncio.Task[LoRAUpdateOutput]:
+        """The same for an adapter that comes in the request."""
+        fields = {"config_dict": {}} | fields
+        obj = LoadLoRAAdapterFromTensorsReqInput(lora_name=name, serialized_tensors=tensors, **fields)
+        return asyncio.ensure_future(self.manager.load_lora_adapter_from_tensors(obj))
+
+    def unloading(self, name: str, **fields: Any) -> asyncio.Task[LoRAUpdateOutput]:
+        """An unload in progress."""
+        return asyncio.ensure_future(
+            self.manager.unload_lora_adapter(UnloadLoRAAdapterReqInput(lora_name=name, **fields))
+        )
+
+    async def answered(self, task: asyncio.Task[Any]) -> Any:
+        """What comes of it when the scheduler answers every call."""
+        await settle()
+        while self.scheduler.calls:
+            self.scheduler.reply()
+            await settle()
+        assert task.done(), "it waits for something else than the scheduler's answers"
+        return task.result()
+
+    async def load(self, name: str, path: str | None = None, **fields: Any) -> AdapterVersion:
+        """Load an adapter; it must succeed."""
+        reply = await self.answered(self.loading(name, path, **fields))
+        assert reply.success, reply.error_message
+        return self.manager.lora_registry.versions[reply.lora_version]
+
+    async def load_refused(self, name: str, path: str | None = None, **fields: Any) -> LoRAUpdateOutput:
+        """Load an adapter; it must fail."""
+        reply = await self.answered(self.loading(name, path, **fields))
+        assert not reply.success
+        return reply
+
+    @property
+    def names(self) -> dict[str, int]:
+        """What each adapter name means."""
+        return {version.name: version.version_id for version in self.manager.lora_registry.serving()}
+
     async def check_clean(self) -> None:
         """Nothing is left: what a quiet server must look like."""
         await settle()
@@ -374,15 +581,34 @@ class Front:
         assert not self.manager.rid_to_state
         assert self.manager.counters.double_closes == 0
         assert len(self.scheduler.terminal) == len(set(self.scheduler.terminal))
+        registry = self.manager.lora_registry
+        assert registry.num_leases == 0
+        assert registry.double_releases == 0
+        assert self.manager.adapters.free_failures == 0
+        assert all(version.state is VersionState.SERVING for version in registry.versions.values())
+        assert set(registry.versions) == set(self.names.values())
+        assert set(registry.versions) == set(self.scheduler.staged)
+        assert self.reader.all_closed
+
+
+@contextlib.asynccontextmanager
+async def open_front(**options: Any) -> AsyncIterator[Front]:
+    """A front in which no event-loop callback may fail; with `lora`, under FakeThreads."""
+    errors: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+    with pytest.MonkeyPatch.context() as patch:
+        threads = FakeThreads(patch) if options.get("lora") else None
+        front = await Front.start(**options)
+        front.threads = threads
+        yield front
+        await front.manager.close()
+        await settle()
+    assert not errors, f"an exception in an event-loop callback: {errors}"
 
 
 @contextlib.asynccontextmanager
 async def clean_front(**options: Any) -> AsyncIterator[Front]:
     """A front that must be clean at the end."""
-    errors: list[dict[str, Any]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
-    front = await Front.start(**options)
-    yield front
-    await front.check_clean()
-    await front.manager.close()
-    assert not errors, "an exception in an event-loop callback"
+    async with open_front(**options) as front:
+        yield front
+        await front.check_clean()

@@ -29,16 +29,20 @@ class RequestError(SglangError, ValueError):
         self.err_type = err_type
 
 
+RETRYABLE_CODES = ("path_unreadable", "busy")
+"""Codes of an AdapterError whose call may succeed later: status 409."""
+
+
 class AdapterError(RequestError):
     """An adapter that cannot be loaded, found or unloaded.
 
     Args:
-        code: what clients may branch on: adapter_not_found, already_loaded, invalid_adapter, capacity, not_enabled; or,
-            with status 409 because the same call may succeed later, path_unreadable, busy.
+        code: what clients may branch on: adapter_not_found, already_loaded, invalid_adapter, capacity, not_enabled, or
+            one of RETRYABLE_CODES.
     """
 
     def __init__(self, code: str, message: str) -> None:
-        status = HTTPStatus.CONFLICT if code in ("path_unreadable", "busy") else HTTPStatus.BAD_REQUEST
+        status = HTTPStatus.CONFLICT if code in RETRYABLE_CODES else HTTPStatus.BAD_REQUEST
         super().__init__(message, status, err_type=code)
         self.code = code
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import base64
 import concurrent.futures
 import contextlib
 import inspect
@@ -24,7 +25,13 @@ from sglang.srt.config.resolve import resolve
 from sglang.srt.entrypoints import server_state
 from sglang.srt.entrypoints.launcher import Runtime
 from sglang.srt.errors import ConfigError, RequestError
-from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.io_struct import (
+    GenerateReqInput,
+    LoadLoRAAdapterFromTensorsReqInput,
+    LoadLoRAAdapterReqInput,
+    LoRAUpdateOutput,
+    UnloadLoRAAdapterReqInput,
+)
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.server_args import ServerArgs
 
@@ -153,9 +160,9 @@ class EngineManager:
             return lambda *args, **kwargs: self._loop.aiterate(value(*args, **kwargs))
         return value
 
-    def abort_request(self, rid: str | None = None, abort_all: bool = False, prefix: bool = False) -> int:
+    def abort_request(self, rid: str | None = None, abort_all: bool = False, **options: Any) -> int:
         """End requests; returns how many matched."""
-        return self._loop.call(lambda: self._manager.abort_request(rid=rid, abort_all=abort_all, prefix=prefix))
+        return self._loop.call(lambda: self._manager.abort_request(rid=rid, abort_all=abort_all, **options))
 
 
 class Engine:
@@ -249,11 +256,66 @@ class Engine:
             "stream": stream,
             **{name: value for name, value in fields.items() if value is not None},
         }
-        try:
-            obj = msgspec.convert(body, GenerateReqInput, strict=False)
-        except msgspec.ValidationError as error:
-            raise RequestError(f"generate(): {error}") from error
-        return self._runtime.generate(obj)
+        return self._runtime.generate(_convert(body, GenerateReqInput))
+
+    def load_lora_adapter(
+        self, lora_name: str, lora_path: str, pinned: bool = False, **options: Any
+    ) -> LoRAUpdateOutput:
+        """Load an adapter from a directory, which is not read again.
+
+        Args:
+            options: further fields of `/load_lora_adapter` (upsert, mode).
+
+        Returns:
+            `success`, and `error_message` or what was loaded.
+        """
+        obj = _convert(
+            {"lora_name": lora_name, "lora_path": lora_path, "pinned": pinned, **options}, LoadLoRAAdapterReqInput
+        )
+        return self._loop.run(self._runtime.manager.load_lora_adapter(obj))
+
+    async def async_load_lora_adapter(
+        self, lora_name: str, lora_path: str, pinned: bool = False, **options: Any
+    ) -> LoRAUpdateOutput:
+        """`load_lora_adapter` for a running loop."""
+        obj = _convert(
+            {"lora_name": lora_name, "lora_path": lora_path, "pinned": pinned, **options}, LoadLoRAAdapterReqInput
+        )
+        return await self._loop.await_(self._runtime.manager.load_lora_adapter(obj))
+
+    def load_lora_adapter_from_tensors(
+        self,
+        lora_name: str,
+        tensors: Any,
+        config_dict: dict[str, Any],
+        load_format: str | None = None,
+        pinned: bool = False,
+        **options: Any,
+    ) -> LoRAUpdateOutput:
+        """Load an adapter from torch tensors.
+
+        Args:
+            tensors: {name: tensor} or (name, tensor) pairs; or a payload as the endpoint takes it, in `load_format`.
+            config_dict: what adapter_config.json would say.
+        """
+        payload = tensors if isinstance(tensors, str) else _safetensors(dict(tensors))
+        body = {"lora_name": lora_name, "serialized_tensors": payload, "config_dict": config_dict, "pinned": pinned}
+        obj = _convert({**body, "load_format": load_format, **options}, LoadLoRAAdapterFromTensorsReqInput)
+        return self._loop.run(self._runtime.manager.load_lora_adapter_from_tensors(obj))
+
+    def unload_lora_adapter(self, lora_name: str, **options: Any) -> LoRAUpdateOutput:
+        """Unload an adapter.
+
+        Args:
+            options: further fields of `/unload_lora_adapter` (timeout, abort).
+        """
+        obj = _convert({"lora_name": lora_name, **options}, UnloadLoRAAdapterReqInput)
+        return self._loop.run(self._runtime.manager.unload_lora_adapter(obj))
+
+    async def async_unload_lora_adapter(self, lora_name: str, **options: Any) -> LoRAUpdateOutput:
+        """`unload_lora_adapter` for a running loop."""
+        obj = _convert({"lora_name": lora_name, **options}, UnloadLoRAAdapterReqInput)
+        return await self._loop.await_(self._runtime.manager.unload_lora_adapter(obj))
 
     def get_server_info(self) -> dict[str, Any]:
         """Launch flags and scheduler state, as `/server_info` tells them."""
@@ -287,6 +349,22 @@ def _server_args(kwargs: dict[str, Any]) -> ServerArgs:
         return ServerArgs(**{"log_level": "error", **kwargs})
     except TypeError as error:
         raise ConfigError(f"Engine: {error}") from error
+
+
+def _convert(fields: dict[str, Any], kind: type[T]) -> T:
+    """Arguments as a request object."""
+    try:
+        return msgspec.convert(fields, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise RequestError(f"{kind.__name__}: {error}") from error
+
+
+def _safetensors(tensors: dict[str, Any]) -> str:
+    """torch tensors as base64 of a safetensors image."""
+    from safetensors.torch import save  # whoever has tensors has torch; the engine itself does without
+
+    copies = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+    return base64.b64encode(save(copies)).decode()
 
 
 async def _only(items: AsyncGenerator[Any, None]) -> Any:

@@ -24,6 +24,8 @@ from typing import Any, cast
 import msgspec
 
 from sglang.srt.config.sections import Config
+from sglang.srt.entrypoints.model_names import settle_adapter
+from sglang.srt.lora.adapter_reader import AdapterReader
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.ipc import Endpoint, FrontChannel
 from sglang.srt.managers.request_state import RequestMetrics
@@ -164,10 +166,16 @@ class Runtime:
         try:
             tokenizer = await asyncio.to_thread(self._load_tokenizer)
             self._manager = TokenizerManager(
-                self.config, self.server_args, self._channel, tokenizer, metrics=self._observers(tokenizer)
+                self.config,
+                self.server_args,
+                self._channel,
+                tokenizer,
+                metrics=self._observers(tokenizer),
+                reader=self._reader(),
+                on_publish=None if self.metrics is None else self.metrics.published,
             )
             if self.metrics is not None:
-                self.metrics.watch(lambda: self.manager.stats)
+                self.metrics.watch(lambda: self.manager.stats, self._manager.adapters.stats)
             await self._manager.start()
         except BaseException:
             await self._stop_back()
@@ -178,6 +186,10 @@ class Runtime:
     def _load_tokenizer(self) -> Tokenizer | None:
         section = self.config.tokenizer
         return None if section.path is None else Tokenizer.from_path(section.path, chat_template=section.chat_template)
+
+    def _reader(self) -> AdapterReader | None:
+        config = self.config
+        return AdapterReader(config.model, config.lora, config.load.path) if config.lora.enabled else None
 
     def _observers(self, tokenizer: Tokenizer | None) -> Observers:
         observers: list[RequestMetrics] = [] if self.metrics is None else [self.metrics]
@@ -191,16 +203,22 @@ class Runtime:
 
         Args:
             client: has `async wait_disconnected()`, which ends the request when it returns; None for no client to lose.
+
+        Raises:
+            AdapterError: no adapter is named, and the server runs with --require-adapter.
         """
-        if self._request_log is not None:
-            self._request_log.received(obj)
+        self._receive(obj)
         return cast(AsyncGenerator[Any, None], self.manager.generate_request(obj, client))
 
     def stream(self, obj: GenerateReqInput, client: Any = None) -> AsyncGenerator[OutputChunk, None]:
         """`generate` as deltas (see TokenizerManager.stream_chunks)."""
+        self._receive(obj)
+        return cast(AsyncGenerator[OutputChunk, None], self.manager.stream_chunks(obj, client))
+
+    def _receive(self, obj: GenerateReqInput) -> None:
         if self._request_log is not None:
             self._request_log.received(obj)
-        return cast(AsyncGenerator[OutputChunk, None], self.manager.stream_chunks(obj, client))
+        settle_adapter(obj, self.config)
 
     async def wait_ready(self, timeout: float | None = None) -> None:
         """Return when the model is loaded.

@@ -17,7 +17,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from sglang.srt.errors import RequestError, ServiceUnavailableError
+from sglang.srt.errors import AdapterError, RequestError, ServiceUnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +51,10 @@ def flat_error(message: str, status: int, err_type: str | None = None, param: st
     }
 
 
-def native_error(message: str) -> dict[str, Any]:
-    """Body of a refused native request."""
-    return {"error": {"message": message}}
+def native_error(error: RequestError | ServiceUnavailableError) -> dict[str, Any]:
+    """Body of a refused native request; an adapter's error brings its code."""
+    code = {"code": error.code} if isinstance(error, AdapterError) else {}
+    return {"error": {"message": error.message, **code}}
 
 
 def error_body(error: RequestError | ServiceUnavailableError, path: str) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def error_body(error: RequestError | ServiceUnavailableError, path: str) -> dict
         return flat_error(error.message, error.status, HTTPStatus(error.status).phrase)
     if path.startswith(_FLAT_PATHS):
         return flat_error(error.message, error.status, error.err_type)
-    return native_error(error.message)
+    return native_error(error)
 
 
 async def _on_known_error(request: Request, error: Exception) -> Response:

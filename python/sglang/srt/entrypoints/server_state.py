@@ -173,6 +173,9 @@ def _load(stats: SchedulerStats, ready: Ready, sections: set[str], *, num_held: 
             "graph_gb": ready.memory_usage.get("graph", 0.0),
             "token_capacity": capacity,
         }
+    if stats.lora_slots and sections & {"lora", "all"}:
+        used, total = sum(map(bool, stats.lora_slots)), len(stats.lora_slots)
+        load["lora"] = {"slots_used": used, "slots_total": total, "utilization": round(used / total, 4)}
     if sections & {"queues", "all"}:
         paused = stats.num_running_reqs if stats.paused else 0
         queued = num_waiting - stats.num_retracted_reqs

@@ -15,6 +15,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from uuid import uuid4
 
+TENSOR_SOURCE = "__tensor__"
+"""Upstream's path of an adapter that came as tensors; not one that a request can ask for."""
+
 
 @dataclass
 class LoRARef:

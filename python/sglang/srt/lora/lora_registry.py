@@ -14,7 +14,15 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from sglang.srt.errors import AdapterError
-from sglang.srt.lora.lease import AdapterInfo, AdapterVersion, Lease, LeaseOwner, LoRARef, VersionState
+from sglang.srt.lora.lease import (
+    TENSOR_SOURCE,
+    AdapterInfo,
+    AdapterVersion,
+    Lease,
+    LeaseOwner,
+    LoRARef,
+    VersionState,
+)
 
 __all__ = ["LoRARef", "LoRARegistry"]
 
@@ -122,19 +130,23 @@ class LoRARegistry(LeaseOwner):
         """Versions that a name means, in order of publication."""
         return sorted(self._names.values(), key=lambda v: v.published)
 
-    def resolve(self, name: str) -> AdapterVersion:
+    def name_of(self, wanted: str) -> str:
+        """The name of what a request asks for: for the exact path of loaded adapters, that of the newest of them."""
+        if wanted in self._names or wanted == TENSOR_SOURCE:
+            return wanted
+        return next((v.name for v in reversed(self.serving()) if v.ref.lora_path == wanted), wanted)
+
+    def resolve(self, wanted: str) -> AdapterVersion:
         """The version that a name, or the exact path of a loaded adapter, means.
 
         Raises:
             AdapterError: adapter_not_found.
         """
-        version = self._names.get(name)
-        if version is None:
-            version = next((v for v in self.serving() if v.ref.lora_path == name), None)
+        version = self._names.get(self.name_of(wanted))
         if version is None:
             raise AdapterError(
                 "adapter_not_found",
-                f"Got LoRA adapter that has never been loaded or is not loaded any more: {name}\n"
+                f"Got LoRA adapter that has never been loaded or is not loaded any more: {wanted}\n"
                 f"All loaded adapters: {sorted(self._names)}.",
             )
         return version

@@ -5,12 +5,11 @@ Created by TokenizerManager. Every outcome is a `LoRAUpdateOutput`; only a dead 
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from sglang.srt.errors import AdapterError
-from sglang.srt.lora.lease import AdapterVersion
+from sglang.srt.lora.lease import TENSOR_SOURCE, AdapterVersion
 from sglang.srt.managers.adapter_service import AdapterService, LoadRequest, ReadAdapter
 from sglang.srt.managers.io_struct.requests import (
     LoadLoRAAdapterFromTensorsReqInput,
@@ -18,9 +17,6 @@ from sglang.srt.managers.io_struct.requests import (
     LoRAUpdateOutput,
     UnloadLoRAAdapterReqInput,
 )
-
-TENSOR_SOURCE = "__tensor__"
-"""Upstream's path of an adapter that came as tensors."""
 
 
 class Reader(Protocol):
@@ -85,14 +81,13 @@ class AdapterCalls:
 
     async def _load_from_tensors(self, obj: LoadLoRAAdapterFromTensorsReqInput) -> dict[str, Any]:
         reader, payload = self._require_reader(), _payload(obj)
-        first = payload if isinstance(payload, str) else payload[0]
         return _loaded(
             await self._service.load(
                 LoadRequest(
                     name=obj.lora_name,
                     source=TENSOR_SOURCE,
                     read=lambda: reader.read_tensors(obj.config_dict, payload, obj.load_format, obj.expected_checksums),
-                    identity=zlib.crc32(first.encode()),
+                    identity=obj,
                     pinned=obj.pinned,
                     upsert=obj.upsert,
                     mode=obj.mode,

@@ -14,7 +14,7 @@ import logging
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from sglang.srt.config.sections import LoRASection
@@ -26,6 +26,24 @@ from sglang.srt.managers.control_client import ControlClient
 from sglang.srt.managers.io_struct.wire import CallReply
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterStats:
+    """For metrics.
+
+    Fields:
+        versions: how many are in each state; evictions, double_releases, free_failures: since start, the last two
+            bug traps; oldest_lease: age in seconds, 0 without leases.
+    """
+
+    leases: int = 0
+    oldest_lease: float = 0.0
+    versions: dict[str, int] = field(default_factory=dict)
+    evictions: int = 0
+    double_releases: int = 0
+    free_failures: int = 0
+
 
 Mode = Literal["finish_old", "switch"]
 
@@ -53,14 +71,14 @@ class LoadRequest:
     Fields:
         source: path, or how the tensors came; part of what makes two loads the same.
         read: makes the bytes an adapter; runs in a worker thread.
-        identity: of the payload, when the source does not tell (tensors in a request).
+        identity: what else makes two loads the same, when the source does not tell (tensors in a request).
         upsert: publish over a name that is taken; `mode` says whether running requests stay on the old version.
     """
 
     name: str
     source: str
     read: Callable[[], ReadAdapter]
-    identity: int = 0
+    identity: object = None
     pinned: bool = False
     upsert: bool = False
     mode: Mode = "finish_old"
@@ -107,8 +125,25 @@ class AdapterService:
         if not self._lora.enabled:
             raise AdapterError("not_enabled", "LoRA is not enabled. Please set `--enable-lora` to enable LoRA.")
 
+    def stats(self) -> AdapterStats:
+        """State now."""
+        registry = self.registry
+        oldest = registry.oldest_lease
+        counts = {state.name.lower(): 0 for state in VersionState if state is not VersionState.GONE}
+        for version in registry.versions.values():
+            counts[version.state.name.lower()] += 1
+        return AdapterStats(
+            leases=registry.num_leases,
+            oldest_lease=0.0 if oldest is None else time.monotonic() - oldest,
+            versions=counts,
+            evictions=self.evictions,
+            double_releases=registry.double_releases,
+            free_failures=self.free_failures,
+        )
+
     async def load(self, request: LoadRequest) -> AdapterVersion:
-        """Read, stage and publish an adapter. A load that asks for what one in progress asks for joins it.
+        """Read, stage and publish an adapter. A load that asks for what one in progress asks for joins it, except with
+        upsert: what lies at its path may be newer than what the other one has read.
 
         Raises:
             AdapterError: the name is taken (and upsert was not asked for), the adapter is invalid, or no room.
@@ -117,7 +152,7 @@ class AdapterService:
         self.require_enabled()
         _check_name(request.name)
         before = self._loading.get(request.name)
-        if before is not None and before[0] == request.key:
+        if before is not None and not before[1].done() and before[0] == request.key and not request.upsert:
             return await asyncio.shield(before[1])
         task = asyncio.create_task(self._load(request, None if before is None else before[1]))
         self._loading[request.name] = request.key, task
@@ -176,6 +211,11 @@ class AdapterService:
             raise
         finally:
             read.close()
+        try:
+            self._check_room(request)  # other names have been published meanwhile
+        except AdapterError:
+            self.registry.retire(version)
+            raise
         await self._publish(version, request.mode)
         if self._on_publish is not None:
             self._on_publish(time.perf_counter() - started)
@@ -207,19 +247,21 @@ class AdapterService:
     async def _publish(self, version: AdapterVersion, mode: Mode) -> None:
         previous = self.registry.publish(version)
         if previous is not None:
-            if mode == "switch" and previous.leases:
-                await self._switch(previous, version)
-            self.registry.retire(previous)
+            try:
+                if mode == "switch" and previous.leases:
+                    await self._switch(previous, version)
+            finally:
+                self.registry.retire(previous)
         self._enforce_limits(version)
 
     async def _switch(self, old: AdapterVersion, new: AdapterVersion) -> None:
         # Held meanwhile: an unload in between must not free what the back moves requests to.
         with self.registry.hold(new):
-            reply = await self._control.switch_version(old.version_id, new.version_id)
-            if reply.success:
-                self._on_switch(old, new)
-            else:
-                logger.error("running requests of %s stay on version %d: %s", old.name, old.version_id, reply.message)
+            reply = await self._control.switch_version(
+                old.version_id, new.version_id, lambda: self._on_switch(old, new)
+            )
+        if not reply.success:
+            logger.error("running requests of %s stay on version %d: %s", old.name, old.version_id, reply.message)
 
     def _enforce_limits(self, newest: AdapterVersion) -> None:
         """Retire what --lora-keep-last and --max-loaded-loras leave no place for; never what has just come."""
@@ -249,6 +291,11 @@ class AdapterService:
         try:
             reply = self._control.free_adapter(version.version_id)
         except ServiceUnavailableError:  # its memory went with the back
+            self.registry.freed(version)
+            return
+        except Exception:  # whoever ended the last lease has no part in this
+            self.free_failures += 1
+            logger.exception("version %d could not be freed", version.version_id)
             self.registry.freed(version)
             return
         reply.add_done_callback(lambda future: self._freed(version, future))

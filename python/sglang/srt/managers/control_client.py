@@ -27,6 +27,7 @@ class ControlClient:
         self._send = send
         self._call_ids = itertools.count(1)
         self._pending: dict[int, asyncio.Future[CallReply]] = {}
+        self._on_success: dict[int, Callable[[], None]] = {}
         self._error: Exception | None = None
 
     @property
@@ -58,15 +59,23 @@ class ControlClient:
         """Forget a version that no live request names."""
         return self._call(lambda call_id: wire.FreeAdapterCall(call_id, version_id))
 
-    def switch_version(self, old: int, new: int) -> asyncio.Future[CallReply]:
-        """Move the live requests of one version to another at the next step."""
-        return self._call(lambda call_id: wire.SwitchVersionCall(call_id, old, new))
+    def switch_version(self, old: int, new: int, on_success: Callable[[], None]) -> asyncio.Future[CallReply]:
+        """Move the live requests of one version to another at the next step.
+
+        Args:
+            on_success: called while the answer is read, before the rows behind it, which are the new version's.
+        """
+        return self._call(lambda call_id: wire.SwitchVersionCall(call_id, old, new), on_success)
 
     def resolve(self, reply: CallReply) -> None:
         """A reply has come; one that nobody waits for any more is dropped."""
         future = self._pending.get(reply.call_id)
-        if future is not None and not future.done():
-            future.set_result(reply)
+        if future is None or future.done():
+            return
+        on_success = self._on_success.get(reply.call_id)
+        if reply.success and on_success is not None:
+            on_success()
+        future.set_result(reply)
 
     def fail_all(self, error: Exception) -> None:
         """The back is gone: every pending and every later call fails with `error`."""
@@ -75,12 +84,20 @@ class ControlClient:
             if not future.done():
                 future.set_exception(error)
 
-    def _call(self, make: Callable[[int], wire.Call]) -> asyncio.Future[CallReply]:
+    def _call(
+        self, make: Callable[[int], wire.Call], on_success: Callable[[], None] | None = None
+    ) -> asyncio.Future[CallReply]:
         if self._error is not None:
             raise self._error
         call_id = next(self._call_ids)
         self._send(make(call_id))
         future: asyncio.Future[CallReply] = asyncio.get_running_loop().create_future()
         self._pending[call_id] = future
-        future.add_done_callback(lambda _: self._pending.pop(call_id, None))
+        if on_success is not None:
+            self._on_success[call_id] = on_success
+        future.add_done_callback(lambda _: self._forget(call_id))
         return future
+
+    def _forget(self, call_id: int) -> None:
+        del self._pending[call_id]
+        self._on_success.pop(call_id, None)

@@ -11,7 +11,7 @@ import asyncio
 import logging
 
 from sglang.srt import environ
-from sglang.srt.errors import AdapterError, RequestError
+from sglang.srt.errors import AdapterError, RequestError, ServiceUnavailableError
 from sglang.srt.managers.control_client import ControlClient
 from sglang.srt.managers.io_struct.requests import ContinueGenerationReqInput, PauseGenerationReqInput
 from sglang.srt.managers.io_struct.wire import CallReply, PauseMode
@@ -60,7 +60,7 @@ class PauseControl:
             return
         reply = self._control.pause(mode)
         self._back_paused = True
-        self._lifecycle.set_gate(is_open=True)
+        self._lifecycle.set_gate(is_open=True)  # requests queue in the scheduler; those of a paused adapter still wait
         _require_success(await reply)
 
     async def continue_(self, obj: ContinueGenerationReqInput) -> None:
@@ -73,7 +73,7 @@ class PauseControl:
             raise AdapterError("busy", f"The pause belongs to {self.owner!r}; only its owner, or nobody, may end it.")
         self.mode = self.owner = None
         self.close()
-        self._lifecycle.set_gate(is_open=True)
+        self._lifecycle.open_gates()
         if self._back_paused:
             self._back_paused = False
             _require_success(await self._control.resume())
@@ -85,7 +85,7 @@ class PauseControl:
 
     async def _abort_adapter(self, name: str) -> None:
         self._lifecycle.set_gate(is_open=False, adapter=name)
-        in_flight = [record for record in self._lifecycle.in_flight() if record.prompt.adapter == name]
+        in_flight = self._lifecycle.in_flight(name)
         for record in in_flight:
             self._lifecycle.abort(record)
         await self._lifecycle.closed(in_flight)
@@ -102,9 +102,15 @@ class PauseControl:
     def _expire(self, scope: str | None, seconds: float) -> None:
         who = f" by {self.owner}" if self.owner and scope is None else ""
         logger.error("%s has been paused for %g s%s; continuing", scope or "generation", seconds, who)
-        task = asyncio.create_task(self.continue_(ContinueGenerationReqInput(lora_name=scope, owner=self.owner)))
+        task = asyncio.create_task(self._continue_after_deadline(scope))
         self._resuming.add(task)
         task.add_done_callback(self._resuming.discard)
+
+    async def _continue_after_deadline(self, scope: str | None) -> None:
+        try:
+            await self.continue_(ContinueGenerationReqInput(lora_name=scope, owner=self.owner))
+        except (RequestError, ServiceUnavailableError) as error:
+            logger.error("%s could not be continued: %s", scope or "generation", error)
 
 
 def _mode(obj: PauseGenerationReqInput) -> PauseMode:

@@ -69,7 +69,7 @@ class RequestLifecycle:
 
         Adapter names are looked up now: what a name means is settled when a request can run, not when it came.
         """
-        if not self._gate_open or any(prompt.adapter in self._closed_adapters for prompt in group.prompts):
+        if not self._gate_open or (self._closed_adapters and not self._closed_adapters.isdisjoint(self._names(group))):
             self._held[group] = None
             return
         try:
@@ -94,15 +94,19 @@ class RequestLifecycle:
             for record in records:
                 record.take_lease(lease)
 
-    def set_gate(self, *, is_open: bool, adapter: str | None = None) -> None:
-        """Close the gate, for all or for the requests of one adapter; or open it and send what it held, in order.
+    def _names(self, group: RequestGroup) -> set[str]:
+        """The adapters of a call, whether it gave their names or their paths."""
+        return {self._registry.name_of(prompt.adapter) for prompt in group.prompts if prompt.adapter is not None}
 
-        Opening it for all opens every adapter's gate, too.
-        """
+    def open_gates(self) -> None:
+        """Open every gate and send what they held, in order."""
+        self._closed_adapters.clear()
+        self.set_gate(is_open=True)
+
+    def set_gate(self, *, is_open: bool, adapter: str | None = None) -> None:
+        """Close a gate, the one for all requests or that of one adapter; or open it and send what it held, in order."""
         if adapter is None:
             self._gate_open = is_open
-            if is_open:
-                self._closed_adapters.clear()
         elif is_open:
             self._closed_adapters.discard(adapter)
         else:
@@ -121,7 +125,13 @@ class RequestLifecycle:
 
     def with_adapter(self, name: str) -> list[RequestRecord]:
         """Records of an adapter, those that wait at a gate included."""
-        return [record for record in self.records.values() if record.prompt.adapter == name]
+        return [record for record in self.records.values() if self._adapter_of(record) == name]
+
+    def _adapter_of(self, record: RequestRecord) -> str | None:
+        if record.lease is not None:
+            return record.lease.version.name
+        wanted = record.prompt.adapter
+        return None if wanted is None else self._registry.name_of(wanted)
 
     def holding(self, version: AdapterVersion) -> list[RequestRecord]:
         """Records that hold a version."""
@@ -132,10 +142,11 @@ class RequestLifecycle:
         """Sequences that wait at the gate."""
         return sum(len(group.records) for group in self._held)
 
-    def in_flight(self) -> list[RequestRecord]:
-        """Records the scheduler owes a terminal row."""
+    def in_flight(self, adapter: str | None = None) -> list[RequestRecord]:
+        """Records, of one adapter or of all, that the scheduler owes a terminal row."""
         self.outbox.flush()
-        return [record for record in self.records.values() if record.state is RecordState.DISPATCHED]
+        records = self.records.values() if adapter is None else self.with_adapter(adapter)
+        return [record for record in records if record.state is RecordState.DISPATCHED]
 
     def abort(self, record: RequestRecord) -> bool:
         """End a record at its client's wish; its reply is an abort, with what has been generated.

@@ -1,6 +1,7 @@
 """What the front asks of the scheduler besides generating: submit, abort, stop, pause, continue, flush, statistics.
 
-One handler a message type, in a table; those about adapters are LoRAControl's. Owns the pause state. Called by the scheduler's loop between two steps.
+One handler a message type, in a table; those about adapters are LoRAControl's. Owns the pause state. Called by the
+scheduler's loop between two steps.
 """
 
 from __future__ import annotations

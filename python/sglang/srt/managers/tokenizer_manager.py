@@ -123,6 +123,7 @@ class TokenizerManager:
         self._down_reason = ""
         self._settled = asyncio.Event()
         self._reader: asyncio.Task[None] | None = None
+        self._preloading: asyncio.Task[None] | None = None
         self.records = self._lifecycle.records
         self.rid_to_state = self._lifecycle.rids.by_rid
         self.counters = self._lifecycle.counters
@@ -161,6 +162,7 @@ class TokenizerManager:
         self.status = ServerStatus.DOWN
         self._down_reason = f"The server cannot serve any more: {reason}."
         error = ServiceUnavailableError(self._down_reason)
+        self._pause.close()
         self._control.fail_all(error)
         self._lifecycle.fail_all(error)
         self._settled.set()
@@ -168,7 +170,6 @@ class TokenizerManager:
     async def close(self) -> None:
         """End everything that still runs and stop reading. Idempotent; the channel stays open."""
         self.back_died("it has been shut down")
-        self._pause.close()
         if self._reader is not None:
             self._reader.cancel()
             await asyncio.wait([self._reader])
@@ -329,6 +330,25 @@ class TokenizerManager:
             self._lifecycle.abandon(group)
             group.release()
 
+    def _up(self) -> None:
+        if self.status is ServerStatus.STARTING:
+            self.status = ServerStatus.UP
+        self._settled.set()
+
+    async def _preload(self) -> None:
+        """Load --lora-paths; the server does not start without one of them."""
+        for name, path, pinned in self.config.lora.preload:
+            try:
+                reply = await self.adapter_calls.load(
+                    LoadLoRAAdapterReqInput(lora_name=name, lora_path=path, pinned=pinned)
+                )
+            except ServiceUnavailableError:
+                return
+            if not reply.success:
+                self.back_died(f"--lora-paths {name}={path}: {reply.error_message}")
+                return
+        self._up()
+
     async def _read(self) -> None:
         """Act on what the back says, until `close`; an error in here is a bug, and ends the server's service."""
         try:
@@ -342,9 +362,10 @@ class TokenizerManager:
                     self._control.resolve(message)
                 elif isinstance(message, Ready):
                     self.ready = message
-                    if self.status is ServerStatus.STARTING:
-                        self.status = ServerStatus.UP
-                    self._settled.set()
+                    if self.config.lora.preload:
+                        self._preloading = asyncio.create_task(self._preload())
+                    else:
+                        self._up()
                 else:
                     self.back_died(message.message)
         except Exception as error:

@@ -23,13 +23,18 @@ from sglang.srt.mem_cache.req_table import ReqTable
 
 @dataclass(slots=True)
 class SequenceKV:
-    """What one sequence holds: its slot, its page counts, and the tree node that its shared prefix ends at."""
+    """What one sequence holds: its slot, its page counts, and the tree node that its shared prefix ends at.
+
+    Fields:
+        private: its KV is no one version's any more, so none of it may enter the prefix cache.
+    """
 
     slot: int
     namespace: Namespace
     node: Node
     num_shared: int
     num_pages: int
+    private: bool = False
 
 
 class KVManager:
@@ -106,7 +111,7 @@ class KVManager:
 
         Pages that turn out to be cached already are swapped for the tree's and freed.
         """
-        if not self.cache.enabled:
+        if not self.cache.enabled or kv.private:
             return
         count = len(tokens) // self.page_size
         if count <= kv.num_shared:
@@ -126,7 +131,12 @@ class KVManager:
         self.share(kv, tokens)
         self.cache.unlock(kv.node)
         self.allocator.free(self.table.host[kv.slot, kv.num_shared : kv.num_pages].copy())
+        self.allocator.free(self.cache.sweep())
         self.table.give_back(kv.slot)
+
+    def drop_version(self, version_id: int) -> None:
+        """Forget the prefixes of a version that no request names any more."""
+        self.allocator.free(self.cache.drop(version_id))
 
     def clear_cache(self) -> None:
         """Forget every prefix nobody uses."""

@@ -7,13 +7,15 @@ the last full page.
 Invariants:
 * a node's `locks` counts the sequences that use it, and is never smaller than that of any child;
 * `evictable_pages` + `locked_pages` is the number of pages the tree owns;
-* only leaves without locks are evicted, least recently used first.
+* only leaves without locks are evicted, least recently used first;
+* a condemned tree is never matched, and owns no page that is not locked.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -68,7 +70,18 @@ class RadixCache:
         self.evictable_pages = 0
         self.locked_pages = 0
         self._roots: dict[Namespace, Node] = {}
+        self._condemned: list[Node] = []
         self._clock = itertools.count(1)
+
+    @property
+    def versions(self) -> set[int]:
+        """Versions that have cached prefixes."""
+        return {key.version_id for key, root in self._roots.items() if root.children}
+
+    @property
+    def num_condemned(self) -> int:
+        """Namespaces that have been dropped and still have locked pages."""
+        return len(self._condemned)
 
     def match(self, namespace: Namespace, tokens: Tokens) -> Match:
         """Longest cached prefix of `tokens`, in whole pages; marks it used now."""
@@ -134,7 +147,40 @@ class RadixCache:
 
         Namespaces left empty are forgotten: a `Match` must be locked before the next eviction.
         """
-        heap = [(node.last_used, id(node), node) for node in self._leaves() if node.locks == 0]
+        freed = self._prune(self._roots.values(), num_pages)
+        self._roots = {key: root for key, root in self._roots.items() if root.children or root.locks}
+        return freed
+
+    def drop(self, version_id: int) -> Pages:
+        """Forget every prefix of a version that no request names any more; returns the pages.
+
+        A sequence that has moved to another version may still use some: `sweep` returns those once it has ended.
+        """
+        gone = [key for key in self._roots if key.version_id == version_id]
+        self._condemned += [self._roots.pop(key) for key in gone]
+        return self.sweep()
+
+    def sweep(self) -> Pages:
+        """Pages of dropped versions that nobody uses any more."""
+        if not self._condemned:
+            return _NO_PAGES
+        freed = self._prune(self._condemned, self.evictable_pages)
+        self._condemned = [root for root in self._condemned if root.children]
+        return freed
+
+    def clear(self) -> Pages:
+        """Drop everything that is not locked; returns the pages."""
+        return self.evict(self.evictable_pages)
+
+    def _root(self, namespace: Namespace) -> Node:
+        root = self._roots.get(namespace)
+        if root is None:
+            root = self._roots[namespace] = Node(parent=None, tokens=_NO_TOKENS, pages=_NO_PAGES)
+        return root
+
+    def _prune(self, roots: Iterable[Node], num_pages: int) -> Pages:
+        """Cut unlocked leaves, least recently used first, until `num_pages` pages are free or nothing can go."""
+        heap = [(node.last_used, id(node), node) for node in _leaves(roots) if node.locks == 0]
         heapq.heapify(heap)
         freed: list[Pages] = []
         count = 0
@@ -148,28 +194,7 @@ class RadixCache:
             if not parent.children and parent.locks == 0 and parent.parent is not None:
                 heapq.heappush(heap, (parent.last_used, id(parent), parent))
         self.evictable_pages -= count
-        self._roots = {key: root for key, root in self._roots.items() if root.children or root.locks}
         return np.concatenate(freed) if freed else _NO_PAGES
-
-    def clear(self) -> Pages:
-        """Drop everything that is not locked; returns the pages."""
-        return self.evict(self.evictable_pages)
-
-    def _root(self, namespace: Namespace) -> Node:
-        root = self._roots.get(namespace)
-        if root is None:
-            root = self._roots[namespace] = Node(parent=None, tokens=_NO_TOKENS, pages=_NO_PAGES)
-        return root
-
-    def _leaves(self) -> list[Node]:
-        leaves: list[Node] = []
-        stack = list(self._roots.values())
-        while stack:
-            node = stack.pop()
-            stack.extend(node.children.values())
-            if not node.children and node.parent is not None:
-                leaves.append(node)
-        return leaves
 
     def _move(self, node: Node, to_locked: bool) -> None:
         count = len(node.pages) if to_locked else -len(node.pages)
@@ -197,3 +222,14 @@ class RadixCache:
         node.parent, node.tokens, node.pages = upper, node.tokens[length:], node.pages[pages:]
         upper.children[self._key(node.tokens, 0)] = node
         return upper
+
+
+def _leaves(roots: Iterable[Node]) -> list[Node]:
+    leaves: list[Node] = []
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        stack.extend(node.children.values())
+        if not node.children and node.parent is not None:
+            leaves.append(node)
+    return leaves

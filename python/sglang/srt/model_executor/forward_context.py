@@ -74,6 +74,23 @@ class AttentionBackend(Protocol):
         ...
 
 
+class LoRABatch(Protocol):
+    """The adapters of a set of rows. Rows of the base model are left as they are, bit for bit."""
+
+    def add_(self, y: Tensor, x: Tensor, parameter: str) -> None:
+        """Add to y what each row's adapter makes of x.
+
+        Args:
+            y: [T, O], the base product of this parameter, any strides; x: [T, I], its input.
+            parameter: the model's name of the weight, e.g. ``layers.0.qkv``.
+        """
+        ...
+
+    def add_embedding_(self, y: Tensor, ids: Tensor, parameter: str) -> None:
+        """`add_` for an embedding: y is [T, hidden], ids int64 [T]."""
+        ...
+
+
 @dataclass(slots=True)
 class ForwardContext:
     """One step.
@@ -82,12 +99,14 @@ class ForwardContext:
         input_ids: int64 [T]; positions: int64 [T].
         attention: the back end, already planned for this step.
         logit_rows: int64 [R], rows of the hidden states that need logits.
+        lora: adapters of the T rows; None when no row has one, and then no LoRA work of any kind happens.
     """
 
     input_ids: Tensor
     positions: Tensor
     attention: AttentionBackend
     logit_rows: Tensor
+    lora: LoRABatch | None = None
 
 
 class CausalLM(Protocol):
@@ -97,8 +116,8 @@ class CausalLM(Protocol):
         """Hidden states after the final norm, [T, hidden_size]."""
         ...
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """float32 logits [R, vocab_size] of `hidden` [R, hidden_size]."""
+    def compute_logits(self, hidden: Tensor, lora: LoRABatch | None = None) -> Tensor:
+        """float32 logits [R, vocab_size] of `hidden` [R, hidden_size]; `lora` has the adapters of these R rows."""
         ...
 
 

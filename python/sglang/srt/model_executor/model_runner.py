@@ -10,14 +10,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sglang.srt.lora.lora_manager import LoRAManager
 from sglang.srt.mem_cache.req_table import ReqTable
-from sglang.srt.model_executor.forward_context import AttentionBackend, CausalLM, ForwardContext, StepShape
+from sglang.srt.model_executor.forward_context import AttentionBackend, CausalLM, ForwardContext, LoRABatch, StepShape
 from sglang.srt.sampling.logprobs import HostScore, ScoreOutput
 from sglang.srt.sampling.sampler import HostSample, SampleOutput, Sampler, SamplingRow
 
@@ -40,6 +42,8 @@ class StepInput:
 
     Fields:
         input_ids, positions, out_locs: int64 [T]; slots: int64 [B].
+        versions: int64 [B], the weights each sequence runs on (wire.BASE_VERSION: no adapter).
+        lora_slots: adapter version in each device slot; those of `versions` are among them.
         decode_rows, decode_slots: tokens whose id is `_last_tokens[slot]`, int64.
         sample_rows: token rows whose hidden state is sampled, int64 [R]; sample_slots: where the drawn token goes.
     """
@@ -49,6 +53,8 @@ class StepInput:
     positions: NDArray[np.int64]
     out_locs: NDArray[np.int64]
     slots: NDArray[np.int64]
+    versions: NDArray[np.int64]
+    lora_slots: tuple[int, ...]
     decode_rows: NDArray[np.int64]
     decode_slots: NDArray[np.int64]
     sample_rows: NDArray[np.int64]
@@ -74,12 +80,35 @@ class StepResult:
         return sample, [[part.to_host() for part in parts] for parts in self.scores]
 
 
+_NO_VERSIONS = np.empty(0, dtype=np.int64)
+
+
+class RowAdapters(NamedTuple):
+    """The adapters of one step's rows, and of any of them; `lora` is None when no row has one.
+
+    Fields:
+        versions: int64 [T].
+    """
+
+    lora: LoRAManager | None
+    versions: NDArray[np.int64]
+
+    def of_all(self) -> LoRABatch | None:
+        """Of every row of the step."""
+        return None if self.lora is None else self.lora.batch(self.versions)
+
+    def of(self, rows: NDArray[np.int64]) -> LoRABatch | None:
+        """Of these rows, in this order."""
+        return None if self.lora is None else self.lora.batch(self.versions[rows])
+
+
 class ModelRunner:
     """Launches steps.
 
     Args:
         table: the page table, brought up to date at every launch.
         max_slots: rows of `_last_tokens`.
+        lora: weights of the adapters that steps name; None when they name none.
     """
 
     def __init__(
@@ -90,12 +119,14 @@ class ModelRunner:
         table: ReqTable,
         max_slots: int,
         device: torch.device,
+        lora: LoRAManager | None = None,
     ) -> None:
         self.model = model
         self.attention = attention
         self.sampler = sampler
         self.table = table
         self.device = device
+        self.lora = lora
         self._last_tokens = torch.zeros(max_slots, dtype=torch.int64, device=device)
 
     @torch.inference_mode()
@@ -110,15 +141,23 @@ class ModelRunner:
             decode_rows, decode_slots = self._to_device(np.stack([step.decode_rows, step.decode_slots]))
             input_ids[decode_rows] = self._last_tokens[decode_slots]
         self.attention.plan(step.shape, slots, out_locs)
-        hidden = self.model.forward(ForwardContext(input_ids, positions, self.attention, rows))
-        scores = [self._score(hidden, wanted) for wanted in step.scores]
-        sample = self._sample(hidden, rows, step)
+        adapters = self._adapters(step)
+        ctx = ForwardContext(input_ids, positions, self.attention, rows, adapters.of_all())
+        hidden = self.model.forward(ctx)
+        scores = [self._score(hidden, wanted, adapters) for wanted in step.scores]
+        sample = self._sample(hidden, rows, step, adapters)
         # Queued now, so that reading them does not wait for a step launched later.
         if sample is not None:
             sample.start_copy()
         for part in itertools.chain.from_iterable(scores):
             part.start_copy()
         return StepResult(sample, scores)
+
+    def _adapters(self, step: StepInput) -> RowAdapters:
+        if self.lora is None or not step.versions.any():
+            return RowAdapters(None, _NO_VERSIONS)
+        self.lora.load(step.lora_slots)
+        return RowAdapters(self.lora, np.repeat(step.versions, step.shape.query_lens))
 
     def _upload(self, step: StepInput) -> tuple[Tensor, Tensor, Tensor]:
         """(token columns [3, T], sample rows [R], slots [B]) in one packed copy."""
@@ -134,21 +173,24 @@ class ModelRunner:
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def _sample(self, hidden: Tensor, rows: Tensor, step: StepInput) -> SampleOutput | None:
+    def _sample(self, hidden: Tensor, rows: Tensor, step: StepInput, adapters: RowAdapters) -> SampleOutput | None:
         if not len(step.sample_rows):
             return None
         if len(step.sample_rows) != len(hidden):
             hidden = hidden[rows]
-        output = self.sampler.sample(self.model.compute_logits(hidden), step.sampling)
+        logits = self.model.compute_logits(hidden, adapters.of(step.sample_rows))
+        output = self.sampler.sample(logits, step.sampling)
         self._last_tokens[self._to_device(step.sample_slots)] = output.tokens
         return output
 
-    def _score(self, hidden: Tensor, wanted: ScoreRows) -> list[ScoreOutput]:
+    def _score(self, hidden: Tensor, wanted: ScoreRows, adapters: RowAdapters) -> list[ScoreOutput]:
         rows, targets = self._to_device(np.stack([wanted.rows, wanted.targets]))
         row = wanted.sampling
         return [
             self.sampler.score(
-                self.model.compute_logits(hidden[rows[i : i + SCORE_SLICE]]),
+                self.model.compute_logits(
+                    hidden[rows[i : i + SCORE_SLICE]], adapters.of(wanted.rows[i : i + SCORE_SLICE])
+                ),
                 targets[i : i + SCORE_SLICE],
                 row.spec,
                 row.top_logprobs_num,

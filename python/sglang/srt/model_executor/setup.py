@@ -16,12 +16,14 @@ from sglang.srt import environ
 from sglang.srt.config.sections import Config
 from sglang.srt.errors import ConfigError
 from sglang.srt.layers.attention.factory import create_attention_backend
+from sglang.srt.lora.lora_manager import BaseTensor, LoRAManager
 from sglang.srt.managers.io_struct.wire import Ready
 from sglang.srt.mem_cache.kv_manager import KVManager
 from sglang.srt.mem_cache.kv_pool import KVPool, kv_bytes_per_token
 from sglang.srt.model_executor.forward_context import resolve_dtype
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.model_loader.loader import load_model
+from sglang.srt.models.decoder import DecoderForCausalLM
 from sglang.srt.platforms.platform import Platform, get_platform
 from sglang.srt.sampling.sampler import Sampler
 
@@ -38,6 +40,7 @@ class Engine:
     runner: ModelRunner
     kv: KVManager
     pool: KVPool
+    lora: LoRAManager | None
     weight_bytes: int
     load_seconds: float
 
@@ -88,12 +91,21 @@ def build_engine(config: Config) -> Engine:
     attention = create_attention_backend(config.device.attention_backend, pool, kv.table, platform.device, window)
     original = environ.SGLANG_RETURN_ORIGINAL_LOGPROB.get()
     sampler = Sampler(config.model.vocab_size, platform.device, return_original_logprob=original)
-    runner = ModelRunner(model, attention, sampler, kv.table, schedule.max_running_requests, platform.device)
+    lora = None
+    if config.lora.enabled:
+        lora = LoRAManager(lora_tensors(model), model.parameters, resolve_dtype(config.load.dtype), platform.device)
+    runner = ModelRunner(model, attention, sampler, kv.table, schedule.max_running_requests, platform.device, lora)
     logger.info(
         "%s on %s, %s: weights loaded in %.1f s, KV cache %d tokens (%.2f GiB)",
         *(config.model.architecture, platform.device, config.load.dtype, load_seconds, kv.capacity, pool.nbytes / GIB),
     )
-    return Engine(config, runner, kv, pool, weight_bytes, load_seconds)
+    return Engine(config, runner, kv, pool, lora, weight_bytes, load_seconds)
+
+
+def lora_tensors(model: DecoderForCausalLM) -> dict[str, BaseTensor]:
+    """Where adapters find the base model's tensors, by checkpoint name."""
+    targets = model.weights.targets.items()
+    return {name: BaseTensor(target.parameter, target.start, target.shape) for name, target in targets}
 
 
 def _token_bytes(config: Config) -> int:

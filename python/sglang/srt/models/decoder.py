@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sglang.srt.config.model_config import ModelConfig
 from sglang.srt.layers.rotary import RotaryEmbedding
-from sglang.srt.model_executor.forward_context import ForwardContext
+from sglang.srt.model_executor.forward_context import ForwardContext, LoRABatch
 from sglang.srt.models.weight_map import Cut, Parameter, Target, WeightMap
 from sglang.srt.ops.activation import silu_and_mul
 from sglang.srt.ops.linear import embedding, linear
@@ -27,21 +27,33 @@ _ALIGNMENT = 64
 
 
 @dataclass(slots=True)
+class Projection:
+    """A matrix that adapters may add to; `name` is its parameter's."""
+
+    name: str
+    weight: Parameter
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor, lora: LoRABatch | None) -> Tensor:
+        """[T, O] for x [T, I]; strides as `linear` leaves them."""
+        y = linear(x, self.weight, self.bias)
+        if lora is not None:
+            lora.add_(y, x, self.name)
+        return y
+
+
+@dataclass(slots=True)
 class Layer:
     """Weights of one block, q/k/v and gate/up each fused into one matrix; optional ones are None."""
 
     input_norm: Tensor
-    qkv: Parameter
-    qkv_bias: Tensor | None
+    qkv: Projection
     q_norm: Tensor | None
     k_norm: Tensor | None
-    out: Parameter
-    out_bias: Tensor | None
+    out: Projection
     post_norm: Tensor
-    gate_up: Parameter
-    gate_up_bias: Tensor | None
-    down: Parameter
-    down_bias: Tensor | None
+    gate_up: Projection
+    down: Projection
 
 
 class DecoderForCausalLM:
@@ -61,12 +73,29 @@ class DecoderForCausalLM:
 
     def bind(self) -> None:
         """Hand the parameters out to the layers; called again when loading has replaced some by packed ones."""
-        get: Any = self.parameters.get
-        names = Layer.__dataclass_fields__
-        self.layers = [Layer(*(get(f"layers.{i}.{n}") for n in names)) for i in range(self.config.num_hidden_layers)]
-        self.norm: Tensor = get("norm")
+        self.layers = [self._layer(f"layers.{i}") for i in range(self.config.num_hidden_layers)]
+        self.norm: Tensor = self._get("norm")
         self.embed_tokens = self.parameters["embed_tokens"]
         self.lm_head = self.embed_tokens if self.config.tie_word_embeddings else self.parameters["lm_head"]
+
+    def _layer(self, prefix: str) -> Layer:
+        get = self._get
+        return Layer(
+            input_norm=get(f"{prefix}.input_norm"),
+            qkv=self._projection(f"{prefix}.qkv"),
+            q_norm=get(f"{prefix}.q_norm"),
+            k_norm=get(f"{prefix}.k_norm"),
+            out=self._projection(f"{prefix}.out"),
+            post_norm=get(f"{prefix}.post_norm"),
+            gate_up=self._projection(f"{prefix}.gate_up"),
+            down=self._projection(f"{prefix}.down"),
+        )
+
+    def _projection(self, name: str) -> Projection:
+        return Projection(name, self.parameters[name], self._get(f"{name}_bias"))
+
+    def _get(self, name: str) -> Any:
+        return self.parameters.get(name)
 
     @staticmethod
     def weight_map(config: ModelConfig) -> WeightMap:
@@ -78,24 +107,29 @@ class DecoderForCausalLM:
         eps = self.config.rms_norm_eps
         cos, sin = self.rotary.angles(ctx.positions)
         residual = embedding(ctx.input_ids, self.embed_tokens)
+        if ctx.lora is not None:
+            ctx.lora.add_embedding_(residual, ctx.input_ids, "embed_tokens")
         x = rms_norm(residual, self.layers[0].input_norm, eps)
         for index, layer in enumerate(self.layers):
             x = self._attention(layer, index, x, cos, sin, ctx)
             x = fused_add_rms_norm(x, residual, layer.post_norm, eps)
-            x = silu_and_mul(linear(x, layer.gate_up, layer.gate_up_bias))
-            x = linear(x, layer.down, layer.down_bias)
+            x = silu_and_mul(layer.gate_up(x, ctx.lora))
+            x = layer.down(x, ctx.lora)
             following = self.layers[index + 1].input_norm if index + 1 < len(self.layers) else self.norm
             x = fused_add_rms_norm(x, residual, following, eps)
         return x
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """float32 logits [R, vocab_size] of `hidden` [R, H]."""
-        return linear(hidden, self.lm_head).contiguous().float()
+    def compute_logits(self, hidden: Tensor, lora: LoRABatch | None = None) -> Tensor:
+        """float32 logits [R, vocab_size] of `hidden` [R, H]; `lora` has the adapters of these R rows."""
+        logits = linear(hidden, self.lm_head).contiguous().float()
+        if lora is not None:
+            lora.add_(logits, hidden, "lm_head")
+        return logits
 
     def _attention(self, layer: Layer, index: int, x: Tensor, cos: Tensor, sin: Tensor, ctx: ForwardContext) -> Tensor:
         config = self.config
         num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        qkv = linear(x, layer.qkv, layer.qkv_bias).contiguous()
+        qkv = layer.qkv(x, ctx.lora).contiguous()
         qkv = qkv.view(len(x), num_heads + 2 * num_kv_heads, config.head_dim)
         qk, v = qkv.split([num_heads + num_kv_heads, num_kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
@@ -103,7 +137,7 @@ class DecoderForCausalLM:
             eps = config.rms_norm_eps
             qk = torch.cat([rms_norm(q, layer.q_norm, eps), rms_norm(k, layer.k_norm, eps)], dim=1)
         q, k = rotate_(qk, cos, sin).split([num_heads, num_kv_heads], dim=1)
-        return linear(ctx.attention.forward(q, k, v, index, self.scale), layer.out, layer.out_bias)
+        return layer.out(ctx.attention.forward(q, k, v, index, self.scale), ctx.lora)
 
 
 def _allocate(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> dict[str, Parameter]:

@@ -7,13 +7,18 @@ import uuid
 from collections.abc import AsyncGenerator
 from typing import Any, Protocol
 
+import msgspec
+
 from sglang.srt.entrypoints.launcher import Runtime
 from sglang.srt.entrypoints.openai.protocol import ChatChunkChoice, Chunk, CommonRequest, CompletionChunkChoice
-from sglang.srt.entrypoints.openai.sampling import adapter_of, cache_key, sampling_params
+from sglang.srt.entrypoints.openai.sampling import cache_key, sampling_params
 from sglang.srt.entrypoints.openai.usage import Counts, native_counts, usage
 from sglang.srt.errors import RequestError, ServiceUnavailableError
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.response import OutputChunk
+
+ADAPTER_FIELDS = ("lora_name", "lora_version", "lora_version_spans")
+"""See RequestRecord.adapter_info."""
 
 
 class OpenAICall(Protocol):
@@ -60,7 +65,8 @@ class CallContext:
             rid=self._rid,
             sampling_params=params,
             stream=bool(request.stream),
-            lora_path=adapter_of(request, self._server.served_model_name),
+            model=request.model,
+            lora_path=request.lora_path,
             extra_key=cache_key(request),
             priority=request.priority,
             custom_logit_processor=request.custom_logit_processor,
@@ -78,7 +84,7 @@ class CallContext:
             "model": self.model,
             "choices": choices,
             "usage": usage(native_counts(items), self.n, self._server.enable_cache_report),
-            "metadata": {"weight_version": items[0]["meta_info"]["weight_version"]},
+            "metadata": _metadata([item["meta_info"] for item in items]),
         }
 
     def count(self, output: OutputChunk) -> None:
@@ -86,13 +92,22 @@ class CallContext:
         record = output.record
         self._counts[output.index] = (record.prompt_tokens, record.completion_tokens, record.cached_tokens)
 
-    def chunk(self, kind: str, choice: ChatChunkChoice | CompletionChunkChoice) -> Chunk:
-        """An event with one choice."""
+    def chunk(self, kind: str, output: OutputChunk, choice: ChatChunkChoice | CompletionChunkChoice) -> Chunk:
+        """An event with one choice; the choice's last one says which adapter made it."""
         counts = None
         if self._continuous_usage:
             counts = usage({choice.index: self._counts[choice.index]}, self.n, self._server.enable_cache_report)
         choices: Any = [choice]
-        return Chunk(id=self.id, object=kind, created=self.created, model=self.model, choices=choices, usage=counts)
+        adapter = _texts(output.record.adapter_info()) if choice.finish_reason is not None else None
+        return Chunk(
+            id=self.id,
+            object=kind,
+            created=self.created,
+            model=self.model,
+            choices=choices,
+            usage=counts,
+            metadata=adapter or None,
+        )
 
     def final_chunks(self, kind: str) -> list[Chunk]:
         """The closing usage event, when asked for."""
@@ -100,6 +115,20 @@ class CallContext:
             return []
         totals = usage(self._counts, self.n, self._server.enable_cache_report)
         return [Chunk(id=self.id, object=kind, created=self.created, model=self.model, choices=[], usage=totals)]
+
+
+def _metadata(metas: list[dict[str, Any]]) -> dict[str, str]:
+    """Weights behind a reply: the first choice's, and every choice's where they differ."""
+    adapters = [{name: meta[name] for name in ADAPTER_FIELDS if name in meta} for meta in metas]
+    metadata = {"weight_version": metas[0]["weight_version"], **adapters[0]}
+    if any(adapter != adapters[0] for adapter in adapters):
+        metadata["choices"] = adapters
+    return _texts(metadata)
+
+
+def _texts(fields: dict[str, Any]) -> dict[str, str]:
+    """OpenAI's metadata maps strings to strings: other values become JSON text."""
+    return {k: v if isinstance(v, str) else msgspec.json.encode(v).decode() for k, v in fields.items()}
 
 
 def raise_if_failed(finish_reason: dict[str, Any] | None) -> None:

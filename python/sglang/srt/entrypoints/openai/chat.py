@@ -77,7 +77,7 @@ class ChatCall:
             yield chunk
 
     def _chunk(self, output: OutputChunk, delta: Delta, **fields: Any) -> Chunk:
-        return self._context.chunk(CHUNK_KIND, ChatChunkChoice(index=output.index, delta=delta, **fields))
+        return self._context.chunk(CHUNK_KIND, output, ChatChunkChoice(index=output.index, delta=delta, **fields))
 
     def _logprobs(self, output: OutputChunk) -> dict[str, Any] | None:
         if not self._request.logprobs or not output.token_ids:

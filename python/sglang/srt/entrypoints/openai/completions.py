@@ -100,7 +100,7 @@ class CompletionCall:
         choice = CompletionChunkChoice(
             index=output.index, text=text, logprobs=logprobs, **finish_fields(output.finish_reason)
         )
-        return self._context.chunk(KIND, choice)
+        return self._context.chunk(KIND, output, choice)
 
     def _format(self, index: int, positions: Positions) -> dict[str, Any]:
         formatted, self._offsets[index] = completion_logprobs(

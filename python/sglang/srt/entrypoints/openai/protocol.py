@@ -143,3 +143,4 @@ class Chunk(msgspec.Struct, kw_only=True, omit_defaults=True):
     model: str
     choices: list[ChatChunkChoice] | list[CompletionChunkChoice]
     usage: dict[str, Any] | None = None
+    metadata: dict[str, str] | None = None

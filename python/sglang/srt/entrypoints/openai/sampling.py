@@ -111,16 +111,6 @@ def _call_schema(function: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def adapter_of(request: CommonRequest, served_model_name: str) -> str | list[str | None] | None:
-    """The adapter a request asks for: `model: "base:adapter"` wins over `lora_path`."""
-    model = request.model
-    if model and model != served_model_name and ":" in model:
-        name = model.split(":", 1)[1].strip()
-        if name:
-            return name
-    return request.lora_path
-
-
 def cache_key(request: CommonRequest) -> str | None:
     """Part of the prefix-cache namespace that the client chose."""
     return (request.cache_salt or "") + (request.extra_key or "") or None

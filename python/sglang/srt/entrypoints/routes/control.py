@@ -31,9 +31,11 @@ async def flush_cache(request: Request, timeout: Annotated[float, Query(ge=0.0)]
 
 @router.post("/abort_request")
 async def abort_request(request: Request) -> Response:
-    """End one request, those whose rid starts alike, or all. Unknown rids are no error: they may just have ended."""
+    """End one request, those whose rid starts alike, an adapter's, or all. An unknown rid may just have ended."""
     body = await read_body(request, _abort, empty_ok=True)
-    runtime_of(request).manager.abort_request(rid=body.rid, abort_all=body.abort_all, prefix=body.prefix)
+    runtime_of(request).manager.abort_request(
+        rid=body.rid, abort_all=body.abort_all, prefix=body.prefix, lora_name=body.lora_name
+    )
     return Response()
 
 

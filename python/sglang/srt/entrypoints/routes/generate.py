@@ -21,5 +21,5 @@ async def generate(request: Request) -> Response:
     body = await read_body(request, _decoder)
     replies = runtime_of(request).generate(body, DisconnectWatcher(request.receive))
     if body.stream:
-        return await event_stream(replies, lambda error: native_error(error.message))
+        return await event_stream(replies, native_error)
     return json_response(await only_item(replies))

@@ -72,15 +72,16 @@ def _stream_error(error: RequestError | ServiceUnavailableError) -> dict[str, An
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> Response:
-    """The base model."""
-    return json_response({"object": "list", "data": [_base_model(request)]})
+    """The base model, then its adapters."""
+    return json_response({"object": "list", "data": _models(request)})
 
 
 @router.get("/v1/models/{model:path}")
 async def retrieve_model(request: Request, model: str) -> Response:
-    """The base model by its name; 404 for anything else."""
-    if model == runtime_of(request).config.server.served_model_name:
-        return json_response(_base_model(request))
+    """The base model, or an adapter, by its name; 404 for anything else."""
+    for known in _models(request):
+        if known["id"] == model:
+            return json_response(known)
     error = {
         "message": f"The model '{model}' does not exist",
         "type": "invalid_request_error",
@@ -90,15 +91,23 @@ async def retrieve_model(request: Request, model: str) -> Response:
     return json_response({"error": error}, HTTPStatus.NOT_FOUND)
 
 
-def _base_model(request: Request) -> dict[str, Any]:
-    config = runtime_of(request).config
-    name = config.server.served_model_name
+def _models(request: Request) -> list[dict[str, Any]]:
+    runtime = runtime_of(request)
+    base = runtime.config.server.served_model_name
+    adapters = [
+        _model(ref.lora_name, ref.lora_path, base, None)
+        for ref in runtime.manager.lora_registry.get_all_adapters().values()
+    ]
+    return [_model(base, base, None, runtime.config.model.context_length), *adapters]
+
+
+def _model(name: str | None, root: str | None, parent: str | None, max_model_len: int | None) -> dict[str, Any]:
     return {
         "id": name,
         "object": "model",
         "created": int(time.time()),
         "owned_by": "sglang",
-        "root": name,
-        "parent": None,
-        "max_model_len": config.model.context_length,
+        "root": root,
+        "parent": parent,
+        "max_model_len": max_model_len,
     }

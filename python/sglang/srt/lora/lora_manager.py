@@ -1,0 +1,159 @@
+"""Owner of the weights of every staged adapter version, on the host and, for those with a slot, on the device.
+
+`stage` runs on a worker thread and touches no shared state; `commit`, `free` and `load` are called by the scheduler
+between two steps, `batch` by ModelRunner within one.
+Invariants: a version's bytes never change; its file is read while it is staged and never again; a version that failed
+to stage leaves nothing; on the device are exactly the versions that were given a slot and have been used since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sglang.srt.errors import WeightError
+from sglang.srt.lora.adapter import Adapter
+from sglang.srt.lora.batch_info import BatchInfo, group_rows
+from sglang.srt.lora.weights import AdapterFile, AdapterWeights, Place, copy_adapter
+from sglang.srt.ops.packed import PackedWeight
+
+PACKED_TOLERANCE = 0.1
+"""Relative Frobenius error up to which a base weight stored in few bits counts as the one that an adapter repeats."""
+_SLICE = 4096
+"""Rows of a base weight that are widened at once."""
+
+
+class BaseTensor(NamedTuple):
+    """Rows [start, start + shape[0]) of a parameter of the base model."""
+
+    parameter: str
+    start: int
+    shape: tuple[int, ...]
+
+
+class LoRAManager:
+    """Weights of adapter versions.
+
+    Args:
+        tensors: the base model's tensors by checkpoint name, ``{module}.weight`` among them.
+        parameters: the base model's parameters; read, never written.
+        dtype: of activations, and so of the factors.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, BaseTensor],
+        parameters: Mapping[str, Tensor | PackedWeight],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.device = device
+        self._dtype = dtype
+        self._parameters = parameters
+        self._tensors = dict(tensors)
+        self._places = {
+            name.removesuffix(".weight"): Place(tensor.parameter, tensor.start)
+            for name, tensor in tensors.items()
+            if name.endswith(".weight") and len(tensor.shape) == 2
+        }
+        if "lm_head.weight" not in self._tensors:
+            # Tied: one base weight, but an adapter of lm_head changes logits only, one of embed_tokens inputs only.
+            self._tensors["lm_head.weight"] = self._tensors["model.embed_tokens.weight"]
+            self._places["lm_head"] = Place("lm_head", 0)
+        self._host: dict[int, AdapterWeights] = {}
+        self._device: dict[int, AdapterWeights] = self._host if device.type == "cpu" else {}
+
+    @property
+    def versions(self) -> frozenset[int]:
+        """Versions that requests may name."""
+        return frozenset(self._host)
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory of all versions."""
+        return sum(weights.nbytes for weights in self._host.values())
+
+    def __contains__(self, version_id: int) -> bool:
+        return version_id in self._host
+
+    # ---- worker thread ---------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def stage(self, adapter: Adapter) -> AdapterWeights:
+        """Copy an adapter out of its file and check the base weights that it repeats.
+
+        Raises:
+            WeightError: a base weight is not the model's own, or a module is not the model's.
+            OSError, ValueError: the file cannot be mapped.
+        """
+        unknown = [m.name for m in adapter.modules if m.name not in self._places]
+        if unknown:
+            raise WeightError(f"the model has no module {', '.join(unknown)}")
+        file = AdapterFile(adapter)
+        for name, span in adapter.base_copies:
+            self._check_base(name, file.tensor(span))
+        return copy_adapter(adapter, file, self._places, self._dtype, pin=self.device.type == "cuda")
+
+    def _check_base(self, name: str, copy: Tensor) -> None:
+        base = self._tensors.get(name)
+        if base is None:
+            raise WeightError(f"the model has no tensor {name}, which the adapter holds a copy of")
+        if tuple(copy.shape) != base.shape:
+            raise WeightError(f"{name} has shape {list(copy.shape)} in the adapter, {list(base.shape)} in the base")
+        weight = self._parameters[base.parameter]
+        if isinstance(weight, PackedWeight):
+            rows = PackedWeight(weight.format, weight.data[base.start : base.start + base.shape[0]])
+            same = _relative_error(rows, copy) < PACKED_TOLERANCE
+        else:
+            own = weight[base.start : base.start + base.shape[0]]
+            same = torch.equal(own.to(copy.dtype), copy.to(own.device))
+        if not same:
+            raise WeightError(
+                f"the adapter holds its own {name}, which differs from the base model's; "
+                "only adapters of a frozen base can be served"
+            )
+
+    # ---- between steps ---------------------------------------------------------------------------------------------
+
+    def commit(self, version_id: int, weights: AdapterWeights) -> None:
+        """Make a staged version known."""
+        assert version_id not in self._host, f"adapter version {version_id} is staged already"
+        self._host[version_id] = weights
+
+    def free(self, version_id: int) -> int:
+        """Forget a version; returns the bytes of host memory that it had."""
+        weights = self._host.pop(version_id)
+        self._device.pop(version_id, None)
+        return weights.nbytes
+
+    # ---- within a step ---------------------------------------------------------------------------------------------
+
+    def load(self, slots: tuple[int, ...]) -> None:
+        """Bring the versions that have a slot to the device and drop all others."""
+        if self._device is self._host:
+            return
+        for version_id in [v for v in self._device if v not in slots]:
+            del self._device[version_id]
+        for version_id in slots:
+            if version_id in self._host and version_id not in self._device:
+                self._device[version_id] = self._host[version_id].to(self.device)
+
+    def batch(self, versions: NDArray[np.int64]) -> BatchInfo | None:
+        """The adapters of rows with these versions (int64 [T]), all loaded; None when no row has one."""
+        return group_rows(versions, self._device, self.device)
+
+
+def _relative_error(packed: PackedWeight, copy: Tensor) -> float:
+    """|packed - copy| / |copy|, Frobenius."""
+    error = total = 0.0
+    for start in range(0, len(copy), _SLICE):
+        part = copy[start : start + _SLICE].float()
+        own = PackedWeight(packed.format, packed.data[start : start + _SLICE]).unpack()
+        error += float((own - part).double().square().sum())
+        total += float(part.double().square().sum())
+    return float((error / total) ** 0.5) if total else float("inf")
