@@ -51,10 +51,13 @@ BACK_MANAGERS = (
 SHARED_LORA = (
     "adapter",
     "adapter_config",
+    "adapter_fit",
     "adapter_reader",
+    "adapter_source",
     "host_buffer",
     "lease",
     "lora_registry",
+    "problems",
     "safetensors_bytes",
     "slots",
     "target_modules",

@@ -136,6 +136,8 @@ class FakeScheduler:
         staged: the adapter versions it has; seen_versions: every id it was ever sent; freed: in order.
         auto_free: answer FreeAdapterCall at once.
         made_by: for every token of a request, the version that made it.
+        refuse_submits: how many of the next SubmitBatches cannot be sent.
+        violations: promises the front has broken; it may survive them, a test must not.
     """
 
     live: dict[int, wire.SubmitRequest] = field(default_factory=dict)
@@ -153,6 +155,8 @@ class FakeScheduler:
     freed: list[int] = field(default_factory=list)
     auto_free: bool = True
     made_by: dict[int, list[int]] = field(default_factory=dict)
+    refuse_submits: int = 0
+    violations: list[str] = field(default_factory=list)
     paused: bool = False
     dead: bool = False
     _inbox: asyncio.Queue[wire.ToFront] = field(default_factory=asyncio.Queue)
@@ -160,7 +164,17 @@ class FakeScheduler:
     def send(self, message: wire.ToBack) -> None:
         """What the front calls."""
         message = wire.to_back_decoder.decode(wire.encoder.encode(message))
+        if self.refuse_submits and isinstance(message, wire.SubmitBatch):
+            self.refuse_submits -= 1
+            raise OSError("no buffer space")
         self.sent.append(message)
+        try:
+            self._take(message)
+        except AssertionError as error:
+            self.violations.append(str(error))
+            raise
+
+    def _take(self, message: wire.ToBack) -> None:
         if isinstance(message, wire.SubmitBatch):
             self._submit(message)
         elif isinstance(message, wire.AbortRequests):
@@ -581,6 +595,7 @@ class Front:
         assert not self.manager.rid_to_state
         assert self.manager.counters.double_closes == 0
         assert len(self.scheduler.terminal) == len(set(self.scheduler.terminal))
+        assert not self.scheduler.violations
         registry = self.manager.lora_registry
         assert registry.num_leases == 0
         assert registry.double_releases == 0

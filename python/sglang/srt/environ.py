@@ -53,6 +53,12 @@ SGLANG_RETURN_ORIGINAL_LOGPROB = EnvVar(
 SGLANG_DRAIN_TIMEOUT = EnvVar(
     "SGLANG_DRAIN_TIMEOUT", float, 30.0, "seconds SIGTERM lets live requests run before they are aborted"
 )
+SGLANG_LORA_READ_TIMEOUT = EnvVar(
+    "SGLANG_LORA_READ_TIMEOUT",
+    float,
+    300.0,
+    "seconds that reading and checking an adapter may take before its load fails; a hung file system must not hang it",
+)
 SGLANG_PAUSE_TIMEOUT = EnvVar(
     "SGLANG_PAUSE_TIMEOUT",
     float,

@@ -175,6 +175,13 @@ def test_c11_strings_are_not_lists_of_characters(targets):
     assert config.target_modules is None and config.admits(K0)
 
 
+def test_targets_that_other_keys_rule_out_are_not_missing():
+    """PEFT writes `all-linear` as every module's full name, whatever it excludes."""
+    targets = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.k_proj"]
+    config = parse_adapter_config(minimal_config(*targets, layers_to_transform=[1], exclude_modules=["k_proj"]))
+    assert config.unmet_targets([]) == ["model.layers.1.self_attn.q_proj"]
+
+
 def test_targets_by_fused_name_full_name_and_unembed():
     config = parse_adapter_config(minimal_config("qkv_proj", "model.layers.1.mlp.up_proj", "unembed_tokens"))
     assert config.admits(K0) and config.admits("model.layers.1.mlp.up_proj") and config.admits("lm_head")

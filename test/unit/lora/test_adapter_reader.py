@@ -352,6 +352,8 @@ def test_c21_c19_checksums_of_every_tensor():
     sums = {key: hashlib.sha256(entry.tobytes()).hexdigest() for key, entry in tensors.items()}
     payload = b64(save(tensors))
     by_module(reader().read_tensors(minimal_config(), payload, None, sums))
+    with pytest.raises(AdapterError, match="expected_checksums must be a dict"):
+        reader().read_tensors(minimal_config(), payload, None, ["x"])
     first, second = sums
     for wrong, message in (
         (sums | {first: "0" * 64}, f"{first} is not what expected_checksums says"),
@@ -595,6 +597,8 @@ def test_h5_a_root_behind_a_link_is_fine(tmp_path):
         ("no base64!", None, "not base64"),
         ("é", None, "not base64"),
         ("", None, "serialized tensors"),
+        ("AA==" * (1 << 17), None, "not base64"),
+        ("A" * ((1 << 18) - 2) + "==AAAA", None, "it ends at character 262144"),
         ([], None, "at least one"),
         (["aaaa", 3], None, "must hold base64 strings"),
         (b64(b"PK\3\4" + bytes(40)), None, "opcode b'P'"),

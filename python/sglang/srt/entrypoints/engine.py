@@ -12,6 +12,7 @@ import atexit
 import base64
 import concurrent.futures
 import contextlib
+import ctypes
 import inspect
 import os
 import threading
@@ -51,6 +52,8 @@ IGNORED_FIELDS = frozenset(
     }
 )
 """Arguments of stock's `generate` that mean nothing to this server; `/generate` ignores them too."""
+
+_DTYPE_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 class FlushCacheResult(msgspec.Struct, frozen=True):
@@ -360,11 +363,16 @@ def _convert(fields: dict[str, Any], kind: type[T]) -> T:
 
 
 def _safetensors(tensors: dict[str, Any]) -> str:
-    """torch tensors as base64 of a safetensors image."""
-    from safetensors.torch import save  # whoever has tensors has torch; the engine itself does without
-
-    copies = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
-    return base64.b64encode(save(copies)).decode()
+    """torch tensors as base64 of a safetensors image, without importing torch: whoever has tensors has it."""
+    header, data, offset = {}, [], 0
+    for name, tensor in tensors.items():
+        dense = tensor.detach().cpu().contiguous()
+        data.append(ctypes.string_at(dense.data_ptr(), dense.nbytes))
+        dtype = str(dense.dtype).removeprefix("torch.")
+        ends = [offset, offset := offset + dense.nbytes]
+        header[name] = {"dtype": _DTYPE_CODES.get(dtype, dtype), "shape": list(dense.shape), "data_offsets": ends}
+    head = msgspec.json.encode(header)
+    return base64.b64encode(b"".join([len(head).to_bytes(8, "little"), head, *data])).decode()
 
 
 async def _only(items: AsyncGenerator[Any, None]) -> Any:

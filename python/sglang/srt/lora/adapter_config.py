@@ -86,18 +86,21 @@ class AdapterConfig:
 
     def admits(self, module: str) -> bool:
         """Whether the config lets a module have factors."""
-        layer = layer_of(module)
-        if self.layers is not None and layer is not None and layer not in self.layers:
+        if self._excludes(module):
             return False
-        ends = ends_of(module)
-        if not self._excluded_ends.isdisjoint(ends):
-            return False
-        return self.target_modules is None or not self._target_ends.isdisjoint(ends)
+        return self.target_modules is None or not self._target_ends.isdisjoint(ends_of(module))
 
     def unmet_targets(self, modules: Iterable[str]) -> list[str]:
-        """Entries of target_modules that none of these modules answers to."""
+        """Entries of target_modules that none of these modules answers to, though other keys do not rule them out."""
         present = {end for module in modules for end in ends_of(module)}
-        return [entry for entry in self.target_modules or () if present.isdisjoint(meaning_of(entry))]
+        missing = [entry for entry in self.target_modules or () if present.isdisjoint(meaning_of(entry))]
+        return [entry for entry in missing if not all(self._excludes(f"model.{end}") for end in meaning_of(entry))]
+
+    def _excludes(self, module: str) -> bool:
+        layer = layer_of(module)
+        if self.layers is not None and layer is not None and layer not in self.layers:
+            return True
+        return not self._excluded_ends.isdisjoint(ends_of(module))
 
 
 def parse_adapter_config(raw: Mapping[str, Any]) -> AdapterConfig:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from sglang.srt import environ
 from sglang.srt.config.sections import LoRASection
 from sglang.srt.errors import AdapterError, ServiceUnavailableError
 from sglang.srt.lora.adapter import Adapter
@@ -198,7 +199,7 @@ class AdapterService:
             await asyncio.wait([before])
         started = time.perf_counter()
         self._check_room(request)
-        read = await asyncio.to_thread(request.read)
+        read = await _read(request)
         info = AdapterInfo(read.digest, read.nbytes, read.num_tensors, read.max_rank, request.source)
         ref = LoRARef(lora_name=request.name, lora_path=request.source, pinned=request.pinned)
         version = self.registry.new_version(ref, info)
@@ -311,6 +312,26 @@ class AdapterService:
             del self._loading[name]
         if not task.cancelled() and task.exception() is not None:
             logger.warning("adapter %s was not loaded: %s", name, task.exception())
+
+
+async def _read(request: LoadRequest) -> ReadAdapter:
+    """Read in a worker thread, for a limited time: a thread cannot be stopped, but nobody waits for it for ever."""
+    seconds = environ.SGLANG_LORA_READ_TIMEOUT.get()
+    work = asyncio.ensure_future(asyncio.to_thread(request.read))
+    try:
+        await asyncio.wait([work], timeout=seconds)
+    finally:
+        if not work.done():
+            work.add_done_callback(_discard)
+    if not work.done():
+        raise AdapterError("path_unreadable", f"{request.source} could not be read within {seconds:g} s.")
+    return work.result()
+
+
+def _discard(work: asyncio.Future[ReadAdapter]) -> None:
+    """What has been read came too late."""
+    if not work.cancelled() and work.exception() is None:
+        work.result().close()
 
 
 def _check_name(name: str) -> None:
