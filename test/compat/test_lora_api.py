@@ -10,144 +10,81 @@ import base64
 import json
 import re
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import adapters
 import httpx
 import openai
 import pytest
+from compat.lora_client import ENDLESS, PROMPT, SHORT, generate, listing, load, say, tokens_of, value_of
 from compat.waiting import until
 from safetensors.numpy import save
-from server_process import ServerProcess
 
 pytestmark = pytest.mark.slow
 
-PROMPT = [70, 80, 90]
-SHORT = {"max_new_tokens": 4, "ignore_eos": True, "temperature": 0.0}
-ENDLESS = {"max_new_tokens": 90_000, "ignore_eos": True, "temperature": 0.0}
 
-
-@pytest.fixture(scope="module")
-def config(tiny_model: str) -> dict[str, Any]:
-    return adapters.read_shape(Path(tiny_model))
-
-
-@pytest.fixture(scope="module")
-def server(tiny_model: str) -> Iterator[ServerProcess]:
-    flags = ["--enable-lora", "--max-loras-per-batch", "3", "--max-lora-rank", "8", "--enable-metrics"]
-    flags += ["--max-total-tokens", "300000", "--served-model-name", "tiny:base"]
-    with ServerProcess("--model-path", tiny_model, *flags) as process:
-        yield process
-
-
-@pytest.fixture
-def client(server: ServerProcess) -> Iterator[httpx.Client]:
-    """A client; afterwards nothing may be held, and every adapter goes."""
-    with httpx.Client(base_url=server.url, timeout=60) as http:
-        yield http
-        http.post("/continue_generation", json={})
-        http.post("/abort_request", json={"abort_all": True})
-        for adapter in listing(http):
-            http.post("/unload_lora_adapter", json={"lora_name": adapter["lora_name"]})
-        until(lambda: not listing(http))
-        metrics = http.get("/metrics").text
-        for name in ("lora_leases", "lora_double_releases_total", "lora_free_failures_total"):
-            assert value_of(metrics, name) == 0, name
-        assert value_of(metrics, "invariant_violations_total") == 0
-
-
-def value_of(metrics: str, name: str) -> float:
-    (line,) = (line for line in metrics.splitlines() if line.startswith(f"sglang:{name}{{"))
-    return float(line.rsplit(" ", 1)[1])
-
-
-def listing(client: httpx.Client) -> list[dict[str, Any]]:
-    return client.get("/lora_adapters").json()["adapters"]
-
-
-def say(config: dict[str, Any], path: Path, token: int) -> Path:
-    return adapters.write_adapter(path, adapters.telling_adapter(config, token))
-
-
-def load(client: httpx.Client, name: str, path: Path, **fields: Any) -> httpx.Response:
-    return client.post("/load_lora_adapter", json={"lora_name": name, "lora_path": str(path), **fields})
-
-
-def generate(client: httpx.Client, lora: Any = None, **fields: Any) -> Any:
-    body = {"input_ids": PROMPT, "sampling_params": SHORT, "lora_path": lora, **fields}
-    reply = client.post("/generate", json=body)
-    assert reply.status_code == 200, reply.text
-    return reply.json()
-
-
-def tokens_of(reply: dict[str, Any]) -> set[int]:
-    return set(reply["output_ids"])
-
-
-def test_load_generate_unload(client, config, tmp_path):
-    base = generate(client)
-    reply = load(client, "a", say(config, tmp_path / "a", 100))
+def test_load_generate_unload(lora, lora_config, tmp_path):
+    base = generate(lora)
+    reply = load(lora, "a", say(lora_config, tmp_path / "a", 100))
     assert reply.status_code == 200
     body = reply.json()
     assert {name: body[name] for name in ("rid", "http_worker_ipc", "success", "error_message")} == {
         "rid": None, "http_worker_ipc": None, "success": True, "error_message": "",
     }  # fmt: skip
     assert body["loaded_adapters"] == {"a": str(tmp_path / "a")}
-    made = generate(client, "a")
+    made = generate(lora, "a")
     assert tokens_of(made) == {100}
     assert made["meta_info"]["lora_name"] == "a"
     assert made["meta_info"]["lora_version"] == body["lora_version"]
-    again = generate(client)
+    again = generate(lora)
     assert again["output_ids"] == base["output_ids"]
     assert "lora_name" not in again["meta_info"]
-    reply = client.post("/unload_lora_adapter", json={"lora_name": "a"})
+    reply = lora.post("/unload_lora_adapter", json={"lora_name": "a"})
     assert reply.status_code == 200
     assert reply.json()["success"] is True
     assert reply.json()["loaded_adapters"] == {}
-    assert listing(client) == []
+    assert listing(lora) == []
 
 
-def test_b14_the_directory_is_never_read_again(client, config, tmp_path):
-    load(client, "gone", say(config, tmp_path / "x", 100)).raise_for_status()
+def test_b14_the_directory_is_never_read_again(lora, lora_config, tmp_path):
+    load(lora, "gone", say(lora_config, tmp_path / "x", 100)).raise_for_status()
     shutil.rmtree(tmp_path / "x")
-    load(client, "other", say(config, tmp_path / "x", 200)).raise_for_status()
-    say(config, tmp_path / "x", 300)
-    assert tokens_of(generate(client, "gone")) == {100}
-    assert tokens_of(generate(client, "other")) == {200}
+    load(lora, "other", say(lora_config, tmp_path / "x", 200)).raise_for_status()
+    say(lora_config, tmp_path / "x", 300)
+    assert tokens_of(generate(lora, "gone")) == {100}
+    assert tokens_of(generate(lora, "other")) == {200}
 
 
-def test_a_batch_mixes_adapters_and_base(client, config, tmp_path):
-    base = generate(client)["output_ids"]
+def test_a_batch_mixes_adapters_and_base(lora, lora_config, tmp_path):
+    base = generate(lora)["output_ids"]
     for i in range(3):
-        load(client, f"m{i}", say(config, tmp_path / f"m{i}", 100 + i)).raise_for_status()
-    replies = generate(client, ["m0", None, "m2", "m1"], input_ids=[PROMPT] * 4)
+        load(lora, f"m{i}", say(lora_config, tmp_path / f"m{i}", 100 + i)).raise_for_status()
+    replies = generate(lora, ["m0", None, "m2", "m1"], input_ids=[PROMPT] * 4)
     assert [tokens_of(r) for r in replies] == [{100}, set(base), {102}, {101}]
     assert replies[1]["output_ids"] == base
-    samples = generate(client, "m1", sampling_params={**SHORT, "n": 3})
+    samples = generate(lora, "m1", sampling_params={**SHORT, "n": 3})
     assert [tokens_of(r) for r in samples] == [{101}] * 3
 
 
-def test_c1_an_unknown_adapter_is_an_error(client, config, tmp_path):
-    load(client, "known", say(config, tmp_path / "k", 100)).raise_for_status()
+def test_c1_an_unknown_adapter_is_an_error(lora, lora_config, tmp_path):
+    load(lora, "known", say(lora_config, tmp_path / "k", 100)).raise_for_status()
     for body in ({"lora_path": "nobody"}, {"lora_path": ["known", "nobody"], "input_ids": [PROMPT] * 2}):
-        reply = client.post("/generate", json={"input_ids": PROMPT, "sampling_params": SHORT, **body})
+        reply = lora.post("/generate", json={"input_ids": PROMPT, "sampling_params": SHORT, **body})
         assert reply.status_code == 400
         assert "nobody" in reply.json()["error"]["message"]
         assert "known" in reply.json()["error"]["message"]
         assert reply.json()["error"]["code"] == "adapter_not_found"
     for model in ("tiny:base:nobody", "nobody"):
-        reply = client.post("/v1/completions", json={"model": model, "prompt": "x", "max_tokens": 2})
+        reply = lora.post("/v1/completions", json={"model": model, "prompt": "x", "max_tokens": 2})
         assert reply.status_code == 400
         assert reply.json()["type"] == "adapter_not_found"
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("model", ["tiny:base:told", "told", "default:told"])
-def test_e19_every_openai_route_applies_the_adapter(server, client, config, tmp_path, model, stream):
-    version = load(client, "told", say(config, tmp_path / "t", 104)).json()["lora_version"]
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="None", max_retries=0) as api:
+def test_e19_every_openai_route_applies_the_adapter(lora_server, lora, lora_config, tmp_path, model, stream):
+    version = load(lora, "told", say(lora_config, tmp_path / "t", 104)).json()["lora_version"]
+    with openai.OpenAI(base_url=f"{lora_server.url}/v1", api_key="None", max_retries=0) as api:
         want = api.completions.create(model="tiny:base", prompt="x", max_tokens=3, extra_body={"lora_path": "told"})
         text = want.choices[0].text
         assert want.to_dict()["metadata"]["lora_version"] == str(version)
@@ -168,25 +105,25 @@ def test_e19_every_openai_route_applies_the_adapter(server, client, config, tmp_
         assert [m["lora_version"] for m in metadata] == [str(version)] * 2
 
 
-def test_e19_the_native_stream_applies_the_adapter(client, config, tmp_path):
-    load(client, "told", say(config, tmp_path / "t", 104)).raise_for_status()
+def test_e19_the_native_stream_applies_the_adapter(lora, lora_config, tmp_path):
+    load(lora, "told", say(lora_config, tmp_path / "t", 104)).raise_for_status()
     body = {"input_ids": PROMPT, "sampling_params": SHORT, "lora_path": "told", "stream": True}
-    with client.stream("POST", "/generate", json=body) as reply:
+    with lora.stream("POST", "/generate", json=body) as reply:
         events = [json.loads(line[5:]) for line in reply.iter_lines() if line.startswith("data: {")]
     assert tokens_of(events[-1]) == {104}
     assert events[-1]["meta_info"]["lora_name"] == "told"
 
 
-def test_f1_names_with_a_colon(client, config, tmp_path):
-    load(client, "base", say(config, tmp_path / "b", 105)).raise_for_status()
+def test_f1_names_with_a_colon(lora, lora_config, tmp_path):
+    load(lora, "base", say(lora_config, tmp_path / "b", 105)).raise_for_status()
     for model, adapter in (("tiny:base", None), ("tiny:base:base", "base"), ("base", "base")):
-        reply = client.post("/v1/completions", json={"model": model, "prompt": "x", "max_tokens": 2}).json()
+        reply = lora.post("/v1/completions", json={"model": model, "prompt": "x", "max_tokens": 2}).json()
         assert reply["metadata"].get("lora_name") == adapter, model
 
 
-def test_f2_adapters_are_listed(client, config, tmp_path):
-    version = load(client, "listed", say(config, tmp_path / "l", 100), pinned=True).json()
-    (entry,) = listing(client)
+def test_f2_adapters_are_listed(lora, lora_config, tmp_path):
+    version = load(lora, "listed", say(lora_config, tmp_path / "l", 100), pinned=True).json()
+    (entry,) = listing(lora)
     assert entry["lora_name"] == "listed"
     assert entry["state"] == "serving"
     assert entry["pinned"] is True
@@ -194,113 +131,113 @@ def test_f2_adapters_are_listed(client, config, tmp_path):
     assert {name: entry[name] for name in ("lora_version", "digest", "nbytes", "rank", "num_tensors")} == {
         name: version[name] for name in ("lora_version", "digest", "nbytes", "rank", "num_tensors")
     }
-    models = client.get("/v1/models").json()["data"]
+    models = lora.get("/v1/models").json()["data"]
     assert [m["id"] for m in models] == ["tiny:base", "listed"]
     assert models[1]["parent"] == "tiny:base"
     assert models[1]["root"] == str(tmp_path / "l")
     assert models[1]["max_model_len"] is None
-    assert client.get("/v1/models/listed").json()["id"] == "listed"
-    assert client.get("/v1/models/nobody").status_code == 404
+    assert lora.get("/v1/models/listed").json()["id"] == "listed"
+    assert lora.get("/v1/models/nobody").status_code == 404
 
 
-def test_f3_load_errors_have_codes(client, config, tmp_path):
+def test_f3_load_errors_have_codes(lora, lora_config, tmp_path):
     def code(reply: httpx.Response) -> tuple[int, str]:
         assert reply.json()["success"] is False
         assert reply.json()["error_message"]
         return reply.status_code, reply.json()["error_code"]
 
-    assert code(load(client, "a", tmp_path / "nowhere")) == (400, "adapter_not_found")
-    good = say(config, tmp_path / "good", 100)
-    load(client, "good", good).raise_for_status()
-    assert code(load(client, "good", good)) == (400, "already_loaded")
-    assert "already loaded" in load(client, "good", good).json()["error_message"]
+    assert code(load(lora, "a", tmp_path / "nowhere")) == (400, "adapter_not_found")
+    good = say(lora_config, tmp_path / "good", 100)
+    load(lora, "good", good).raise_for_status()
+    assert code(load(lora, "good", good)) == (400, "already_loaded")
+    assert "already loaded" in load(lora, "good", good).json()["error_message"]
     (good / "adapter_model.safetensors").write_bytes(b"no")
-    status, found = code(load(client, "broken", good))
+    status, found = code(load(lora, "broken", good))
     assert (status, found) in {(400, "invalid_adapter"), (409, "path_unreadable")}
-    assert code(load(client, "bad name!", good)) == (400, "invalid_adapter")
-    assert code(client.post("/unload_lora_adapter", json={"lora_name": "nobody"})) == (400, "adapter_not_found")
+    assert code(load(lora, "bad name!", good)) == (400, "invalid_adapter")
+    assert code(lora.post("/unload_lora_adapter", json={"lora_name": "nobody"})) == (400, "adapter_not_found")
     for i in range(2):
-        pinned = say(config, tmp_path / f"p{i}", 100)
-        reply = load(client, f"p{i}", pinned, pinned=True)
+        pinned = say(lora_config, tmp_path / f"p{i}", 100)
+        reply = load(lora, f"p{i}", pinned, pinned=True)
         assert reply.status_code == 200, reply.text
-    assert code(load(client, "p2", say(config, tmp_path / "p2", 100), pinned=True)) == (400, "capacity")
-    assert listing(client)[0]["lora_name"] == "good"
+    assert code(load(lora, "p2", say(lora_config, tmp_path / "p2", 100), pinned=True)) == (400, "capacity")
+    assert listing(lora)[0]["lora_name"] == "good"
 
 
-def test_c4_a_rank_above_the_limit_is_refused(client, config, tmp_path):
-    path = adapters.write_adapter(tmp_path / "r", adapters.random_adapter(config, 16, 0))
-    reply = load(client, "r", path)
+def test_c4_a_rank_above_the_limit_is_refused(lora, lora_config, tmp_path):
+    path = adapters.write_adapter(tmp_path / "r", adapters.random_adapter(lora_config, 16, 0))
+    reply = load(lora, "r", path)
     assert reply.status_code == 400
     assert "--max-lora-rank" in reply.json()["error_message"]
     assert "incompatible" in reply.json()["error_message"]
-    generate(client)
+    generate(lora)
 
 
-def test_c3_an_adapter_of_another_base_is_refused(client, config, tmp_path):
-    other = {**config, "hidden_size": 96}
-    reply = load(client, "o", adapters.write_adapter(tmp_path / "o", adapters.random_adapter(other, 4, 0)))
+def test_c3_an_adapter_of_another_base_is_refused(lora, lora_config, tmp_path):
+    other = {**lora_config, "hidden_size": 96}
+    reply = load(lora, "o", adapters.write_adapter(tmp_path / "o", adapters.random_adapter(other, 4, 0)))
     assert reply.status_code == 400
     assert "q_proj" in reply.json()["error_message"]
 
 
-def test_f11_the_exact_path_names_the_adapter(client, config, tmp_path):
-    path = say(config, tmp_path / "by-path", 106)
-    load(client, "named", path).raise_for_status()
-    assert tokens_of(generate(client, str(path))) == {106}
+def test_f11_the_exact_path_names_the_adapter(lora, lora_config, tmp_path):
+    path = say(lora_config, tmp_path / "by-path", 106)
+    load(lora, "named", path).raise_for_status()
+    assert tokens_of(generate(lora, str(path))) == {106}
 
 
 @pytest.mark.parametrize("field", ["serialized_tensors", "serialized_named_tensors"])
-def test_f6_both_names_of_the_tensor_field(client, config, field):
-    tensors = adapters.telling_adapter(config, 107)
+def test_f6_both_names_of_the_tensor_field(lora, lora_config, field):
+    tensors = adapters.telling_adapter(lora_config, 107)
     payload: Any = base64.b64encode(save(tensors)).decode()
     body = {"lora_name": "wire", "config_dict": adapters.adapter_config(tensors)}
-    reply = client.post(
+    reply = lora.post(
         "/load_lora_adapter_from_tensors",
         json={**body, field: [payload] if field == "serialized_named_tensors" else payload},
     )
     assert reply.status_code == 200, reply.text
     assert reply.json()["num_tensors"] == len(tensors)
-    assert tokens_of(generate(client, "wire")) == {107}
+    assert tokens_of(generate(lora, "wire")) == {107}
 
 
-def test_d5_an_adapter_from_the_wire_outlives_its_slot(client, config):
+def test_d5_an_adapter_from_the_wire_outlives_its_slot(lora, lora_config):
     """Three slots, five adapters: whoever lost a slot gets it back from the host's copy."""
     for i in range(5):
-        tensors = adapters.telling_adapter(config, 110 + i)
+        tensors = adapters.telling_adapter(lora_config, 110 + i)
         payload = base64.b64encode(save(tensors)).decode()
         body = {"lora_name": f"w{i}", "config_dict": adapters.adapter_config(tensors), "serialized_tensors": payload}
-        client.post("/load_lora_adapter_from_tensors", json=body).raise_for_status()
+        lora.post("/load_lora_adapter_from_tensors", json=body).raise_for_status()
     for _ in range(2):
-        assert [tokens_of(generate(client, f"w{i}")) for i in range(5)] == [{110 + i} for i in range(5)]
+        assert [tokens_of(generate(lora, f"w{i}")) for i in range(5)] == [{110 + i} for i in range(5)]
 
 
-def test_e1_upsert_never_reads_the_old_prefix(client, config, tmp_path):
+def test_e1_upsert_never_reads_the_old_prefix(lora, lora_config, tmp_path):
     prompt = list(range(64, 200))
-    first = load(client, "p", say(config, tmp_path / "p", 120)).json()["lora_version"]
-    assert tokens_of(generate(client, "p", input_ids=prompt)) == {120}
-    assert generate(client, "p", input_ids=prompt)["meta_info"]["cached_tokens"] > 0
-    second = load(client, "p", say(config, tmp_path / "p", 121), upsert=True).json()["lora_version"]
+    first = load(lora, "p", say(lora_config, tmp_path / "p", 120)).json()["lora_version"]
+    assert tokens_of(generate(lora, "p", input_ids=prompt)) == {120}
+    assert generate(lora, "p", input_ids=prompt)["meta_info"]["cached_tokens"] > 0
+    second = load(lora, "p", say(lora_config, tmp_path / "p", 121), upsert=True).json()["lora_version"]
     assert second > first
-    made = generate(client, "p", input_ids=prompt)
+    made = generate(lora, "p", input_ids=prompt)
     assert tokens_of(made) == {121}
     assert made["meta_info"]["cached_tokens"] == 0
     assert made["meta_info"]["lora_version"] == second
-    assert [a["lora_version"] for a in listing(client)] == [second]
+    assert [a["lora_version"] for a in listing(lora)] == [second]
 
 
 @pytest.mark.parametrize("mode", ["finish_old", "switch"])
-def test_b13_upsert_under_a_running_stream(client, config, tmp_path, mode):
-    first = load(client, "s", say(config, tmp_path / "s", 130)).json()["lora_version"]
+def test_b13_upsert_under_a_running_stream(lora, lora_config, tmp_path, mode):
+    first = load(lora, "s", say(lora_config, tmp_path / "s", 130)).json()["lora_version"]
     body = {
         "input_ids": PROMPT,
         "sampling_params": {**ENDLESS, "max_new_tokens": 400},
         "lora_path": "s",
         "stream": True,
     }
-    with client.stream("POST", "/generate", json=body) as reply:
+    with lora.stream("POST", "/generate", json=body) as reply:
         lines = (line for line in reply.iter_lines() if line.startswith("data: {"))
         next(lines)
-        second = load(client, "s", say(config, tmp_path / "s", 131), upsert=True, mode=mode).json()["lora_version"]
+        second = load(lora, "s", say(lora_config, tmp_path / "s", 131), upsert=True, mode=mode).json()["lora_version"]
         *_, last = lines
     final = json.loads(last[5:])
     meta, ids = final["meta_info"], final["output_ids"]
@@ -315,86 +252,84 @@ def test_b13_upsert_under_a_running_stream(client, config, tmp_path, mode):
         assert meta["lora_version"] == second
         assert set(ids[:start]) == {130}
         assert set(ids[start:]) == {131}
-    until(lambda: [a["lora_version"] for a in listing(client)] == [second])
+    until(lambda: [a["lora_version"] for a in listing(lora)] == [second])
 
 
 @pytest.mark.parametrize("mode", ["abort", "retract", "in_place"])
-def test_b6_a_paused_server_unloads_and_loads(client, config, tmp_path, mode):
-    load(client, "s", say(config, tmp_path / "s", 140)).raise_for_status()
+def test_b6_a_paused_server_unloads_and_loads(lora, lora_config, tmp_path, mode):
+    load(lora, "s", say(lora_config, tmp_path / "s", 140)).raise_for_status()
     body = {"input_ids": PROMPT, "sampling_params": {**ENDLESS, "max_new_tokens": 60}, "lora_path": "s", "stream": True}
-    with client.stream("POST", "/generate", json=body) as reply:
+    with lora.stream("POST", "/generate", json=body) as reply:
         lines = (line for line in reply.iter_lines() if line.startswith("data: {"))
         next(lines)
-        client.post("/pause_generation", json={"mode": mode}).raise_for_status()
-        assert client.get("/health").status_code == 200
-        client.post("/unload_lora_adapter", json={"lora_name": "s"}, timeout=5).raise_for_status()
-        load(client, "s", say(config, tmp_path / "s", 141)).raise_for_status()
-        client.post("/continue_generation", json={}).raise_for_status()
+        lora.post("/pause_generation", json={"mode": mode}).raise_for_status()
+        assert lora.get("/health").status_code == 200
+        lora.post("/unload_lora_adapter", json={"lora_name": "s"}, timeout=5).raise_for_status()
+        load(lora, "s", say(lora_config, tmp_path / "s", 141)).raise_for_status()
+        lora.post("/continue_generation", json={}).raise_for_status()
         *_, last = lines
     final = json.loads(last[5:])
     assert tokens_of(final) == {140}
     assert final["meta_info"]["finish_reason"]["type"] == ("abort" if mode == "abort" else "length")
-    assert tokens_of(generate(client, "s")) == {141}
+    assert tokens_of(generate(lora, "s")) == {141}
 
 
-def test_unload_says_who_holds_on(client, config, tmp_path):
-    load(client, "held", say(config, tmp_path / "h", 150)).raise_for_status()
+def test_unload_says_who_holds_on(lora, lora_config, tmp_path):
+    load(lora, "held", say(lora_config, tmp_path / "h", 150)).raise_for_status()
     body = {"input_ids": PROMPT, "sampling_params": ENDLESS, "lora_path": "held", "stream": True}
-    with client.stream("POST", "/generate", json=body) as reply:
+    with lora.stream("POST", "/generate", json=body) as reply:
         lines = reply.iter_lines()
         next(lines)
-        refused = client.post("/unload_lora_adapter", json={"lora_name": "held", "timeout": 0.1})
+        refused = lora.post("/unload_lora_adapter", json={"lora_name": "held", "timeout": 0.1})
         assert refused.status_code == 409
         assert refused.json()["error_code"] == "busy"
         assert "1 running" in refused.json()["error_message"]
-        assert client.post("/generate", json={"input_ids": PROMPT, "lora_path": "held"}).status_code == 400
-        load(client, "next", say(config, tmp_path / "n", 151)).raise_for_status()
-        done = client.post("/unload_lora_adapter", json={"lora_name": "held", "abort": True}, timeout=5)
+        assert lora.post("/generate", json={"input_ids": PROMPT, "lora_path": "held"}).status_code == 400
+        load(lora, "next", say(lora_config, tmp_path / "n", 151)).raise_for_status()
+        done = lora.post("/unload_lora_adapter", json={"lora_name": "held", "abort": True}, timeout=5)
         assert done.status_code == 200, done.text
         assert [*(line for line in lines if line)][-2].count('"type":"abort"') == 1
 
 
-def test_abort_and_pause_of_one_adapter(client, config, tmp_path):
+def test_abort_and_pause_of_one_adapter(lora, lora_config, tmp_path):
     for i in range(2):
-        load(client, f"s{i}", say(config, tmp_path / f"s{i}", 160 + i)).raise_for_status()
+        load(lora, f"s{i}", say(lora_config, tmp_path / f"s{i}", 160 + i)).raise_for_status()
     body = {"input_ids": PROMPT, "sampling_params": ENDLESS, "stream": True}
     with (
-        client.stream("POST", "/generate", json={**body, "lora_path": "s0"}) as first,
-        client.stream("POST", "/generate", json={**body, "lora_path": "s1"}) as second,
+        lora.stream("POST", "/generate", json={**body, "lora_path": "s0"}) as first,
+        lora.stream("POST", "/generate", json={**body, "lora_path": "s1"}) as second,
     ):
         aborted, lines = first.iter_lines(), second.iter_lines()
         next(aborted)
         next(lines)
-        client.post("/pause_generation", json={"lora_name": "s0"}).raise_for_status()
-        assert [a["num_holders"] for a in listing(client)] == [0, 1]
+        lora.post("/pause_generation", json={"lora_name": "s0"}).raise_for_status()
+        assert [a["num_holders"] for a in listing(lora)] == [0, 1]
         with pytest.raises(httpx.ReadTimeout):
-            client.post(
-                "/generate", json={"input_ids": PROMPT, "sampling_params": SHORT, "lora_path": "s0"}, timeout=0.5
-            )
+            lora.post("/generate", json={"input_ids": PROMPT, "sampling_params": SHORT, "lora_path": "s0"}, timeout=0.5)
         next(lines)
-        client.post("/continue_generation", json={"lora_name": "s0"}).raise_for_status()
-        assert tokens_of(generate(client, "s0")) == {160}
-        client.post("/abort_request", json={"lora_name": "s1"}).raise_for_status()
-        until(lambda: [a["num_holders"] for a in listing(client)] == [0, 0])
+        lora.post("/continue_generation", json={"lora_name": "s0"}).raise_for_status()
+        assert tokens_of(generate(lora, "s0")) == {160}
+        lora.post("/abort_request", json={"lora_name": "s1"}).raise_for_status()
+        until(lambda: [a["num_holders"] for a in listing(lora)] == [0, 0])
 
 
-def test_b12_a_pause_ends_by_itself(client):
-    client.post("/pause_generation", json={"timeout": 0.3, "owner": "trainer"}).raise_for_status()
-    refused = client.post("/continue_generation", json={"owner": "somebody"})
+def test_b12_a_pause_ends_by_itself(lora):
+    lora.post("/pause_generation", json={"timeout": 0.3, "owner": "trainer"}).raise_for_status()
+    refused = lora.post("/continue_generation", json={"owner": "somebody"})
     assert refused.status_code == 409
     assert "trainer" in refused.json()["error"]["message"]
-    assert generate(client)["meta_info"]["completion_tokens"] == 4
+    assert generate(lora)["meta_info"]["completion_tokens"] == 4
 
 
-def test_metrics_count_versions_and_publishes(client, config, tmp_path):
-    before = value_of(client.get("/metrics").text, "lora_publish_seconds_count")
-    load(client, "m", say(config, tmp_path / "m", 100)).raise_for_status()
-    generate(client, "m")
-    metrics = client.get("/metrics").text
+def test_metrics_count_versions_and_publishes(lora, lora_config, tmp_path):
+    before = value_of(lora.get("/metrics").text, "lora_publish_seconds_count")
+    load(lora, "m", say(lora_config, tmp_path / "m", 100)).raise_for_status()
+    generate(lora, "m")
+    until(lambda: 1 <= value_of(lora.get("/metrics").text, "lora_pool_slots_used") <= 3)
+    metrics = lora.get("/metrics").text
     assert value_of(metrics, "lora_publish_seconds_count") == before + 1
     assert value_of(metrics, "lora_pool_slots_total") == 3
-    assert 1 <= value_of(metrics, "lora_pool_slots_used") <= 3
     assert value_of(metrics, "lora_host_bytes") > 0
     assert re.search(r'^sglang:lora_versions{[^}]*state="serving"[^}]*} 1.0$', metrics, re.MULTILINE)
-    load_section = client.get("/v1/loads?include=lora").json()["loads"][0]["lora"]
+    load_section = lora.get("/v1/loads?include=lora").json()["loads"][0]["lora"]
     assert load_section["slots_total"] == 3

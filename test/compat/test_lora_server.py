@@ -6,14 +6,12 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import adapters
 import httpx
 import psutil
 import pytest
-from compat.test_lora_api import PROMPT, SHORT, generate, listing, load, say, tokens_of
+from compat.lora_client import PROMPT, SHORT, generate, listing, load, say, tokens_of
 from compat.waiting import until
 from server_process import ServerProcess
 
@@ -33,13 +31,8 @@ def serve(model: str, *flags: str) -> Iterator[tuple[ServerProcess, httpx.Client
         yield server, client
 
 
-@pytest.fixture(scope="module")
-def config(tiny_model: str) -> dict[str, Any]:
-    return adapters.read_shape(Path(tiny_model))
-
-
-def test_lora_paths_in_every_form(tiny_model, config, tmp_path):
-    named, bare, pinned = (say(config, tmp_path / name, 100 + i) for i, name in enumerate(("n", "b", "p")))
+def test_lora_paths_in_every_form(tiny_model, lora_config, tmp_path):
+    named, bare, pinned = (say(lora_config, tmp_path / name, 100 + i) for i, name in enumerate(("n", "b", "p")))
     item = f'{{"lora_name": "pin", "lora_path": "{pinned}", "pinned": true}}'
     with serve(tiny_model, "--lora-paths", f"named={named}", str(bare), item) as (_, client):
         assert [a["lora_name"] for a in listing(client)] == ["named", str(bare), "pin"]
@@ -53,17 +46,17 @@ def test_a_server_does_not_start_without_its_adapters(tiny_model, tmp_path):
         ServerProcess("--model-path", tiny_model, "--lora-paths", f"a={tmp_path / 'nowhere'}").__enter__()
 
 
-def test_require_root_and_retention(tiny_model, config, tmp_path):
+def test_require_root_and_retention(tiny_model, lora_config, tmp_path):
     """E20, H5, D8: three flags, one server."""
     root = tmp_path / "root"
     flags = ["--enable-lora", "--require-adapter", "--lora-root", str(root), "--lora-keep-last", "2"]
     with serve(tiny_model, *flags) as (_, client):
-        outside = say(config, tmp_path / "outside", 100)
+        outside = say(lora_config, tmp_path / "outside", 100)
         for path in (outside, root / ".." / "outside"):
             assert load(client, "o", path).json()["error_code"] == "adapter_not_found"
         for number in range(5):
-            load(client, f"policy-v{number}", say(config, root / "policy", 110 + number)).raise_for_status()
-        load(client, "judge", say(config, root / "judge", 120)).raise_for_status()
+            load(client, f"policy-v{number}", say(lora_config, root / "policy", 110 + number)).raise_for_status()
+        load(client, "judge", say(lora_config, root / "judge", 120)).raise_for_status()
         until(lambda: [a["lora_name"] for a in listing(client)] == ["policy-v3", "policy-v4", "judge"])
         assert tokens_of(generate(client, "policy-v4")) == {114}
         refused = client.post("/generate", json={"input_ids": PROMPT, "sampling_params": SHORT})
@@ -74,20 +67,20 @@ def test_require_root_and_retention(tiny_model, config, tmp_path):
         assert client.get("/health_generate").status_code == 200
 
 
-def test_b5_many_adapters_share_two_slots(tiny_model, config, tmp_path):
+def test_b5_many_adapters_share_two_slots(tiny_model, lora_config, tmp_path):
     flags = ["--enable-lora", "--max-loras-per-batch", "2", "--enable-metrics"]
     with serve(tiny_model, *flags) as (_, client):
         names = [f"a{i}" for i in range(50)]
         for i, name in enumerate(names):
-            load(client, name, say(config, tmp_path / "a", 100 + i)).raise_for_status()
+            load(client, name, say(lora_config, tmp_path / "a", 100 + i)).raise_for_status()
         replies = generate(client, names, input_ids=[PROMPT] * 50)
         assert [tokens_of(reply) for reply in replies] == [{100 + i} for i in range(50)]
 
 
-def test_a36_a_dead_back_leaves_no_lease(tiny_model, config, tmp_path):
+def test_a36_a_dead_back_leaves_no_lease(tiny_model, lora_config, tmp_path):
     with serve(tiny_model, "--enable-lora", "--enable-metrics") as (server, client):
         assert server.process is not None
-        load(client, "a", say(config, tmp_path / "a", 100)).raise_for_status()
+        load(client, "a", say(lora_config, tmp_path / "a", 100)).raise_for_status()
         body = {"input_ids": PROMPT, "sampling_params": {**SHORT, "max_new_tokens": 90_000}, "lora_path": "a"}
         with client.stream("POST", "/generate", json={**body, "stream": True}) as stream:
             lines = stream.iter_lines()
@@ -98,20 +91,20 @@ def test_a36_a_dead_back_leaves_no_lease(tiny_model, config, tmp_path):
         until(lambda: client.get("/health").status_code == 503)
         assert "sglang:lora_leases" in client.get("/metrics").text
         assert all(a["num_holders"] == 0 for a in listing(client))
-        reply = load(client, "b", say(config, tmp_path / "b", 100))
+        reply = load(client, "b", say(lora_config, tmp_path / "b", 100))
         assert reply.status_code == 503
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(30) == 1
 
 
-def test_engine_loads_and_unloads(tiny_model, config, tmp_path):
+def test_engine_loads_and_unloads(tiny_model, lora_config, tmp_path):
     import torch
 
     with sglang.Engine(model_path=tiny_model, enable_lora=True, max_total_tokens=4096) as engine:
-        loaded = engine.load_lora_adapter("a", str(say(config, tmp_path / "a", 100)))
+        loaded = engine.load_lora_adapter("a", str(say(lora_config, tmp_path / "a", 100)))
         assert loaded.success
         assert loaded.loaded_adapters == {"a": str(tmp_path / "a")}
-        tensors = adapters.telling_adapter(config, 101)
+        tensors = adapters.telling_adapter(lora_config, 101)
         torch_tensors = {name: torch.from_numpy(value) for name, value in tensors.items()}
         assert engine.load_lora_adapter_from_tensors("b", torch_tensors, adapters.adapter_config(tensors)).success
         replies = engine.generate(input_ids=[PROMPT] * 2, sampling_params=SHORT, lora_path=["a", "b"])
@@ -126,9 +119,9 @@ def test_engine_loads_and_unloads(tiny_model, config, tmp_path):
             engine.load_lora_adapter("c", "/nowhere", upsert="perhaps")
 
 
-async def test_f7_engine_in_a_running_loop(tiny_model, config, tmp_path):
+async def test_f7_engine_in_a_running_loop(tiny_model, lora_config, tmp_path):
     with sglang.Engine(model_path=tiny_model, enable_lora=True, max_total_tokens=4096) as engine:
-        assert (await engine.async_load_lora_adapter("a", str(say(config, tmp_path / "a", 100)))).success
+        assert (await engine.async_load_lora_adapter("a", str(say(lora_config, tmp_path / "a", 100)))).success
         reply = await engine.async_generate(input_ids=PROMPT, sampling_params=SHORT, lora_path="a")
         assert tokens_of(reply) == {100}
         assert (await engine.async_unload_lora_adapter("a")).success
