@@ -87,6 +87,8 @@ LEVELS: dict[str, tuple[float, str]] = {
     "sglang.srt.distributed": (2.2, BACK),
     "sglang.srt.layers": (2.3, BACK),
     "sglang.srt.sampling": (2.3, BACK),
+    # Clients import it; it stands beside the layers because it needs nothing but torch.
+    "sglang.srt.weight_sync": (2.3, BACK),
     **{f"sglang.srt.lora.{name}": (1, SHARED) for name in SHARED_LORA},
     "sglang.srt.lora": (2.4, BACK),
     "sglang.srt.models": (2.5, BACK),

@@ -14,10 +14,14 @@ import adapters
 import httpx
 import numpy as np
 import pytest
+import torch
 from compat.lora_client import ENDLESS, PROMPT, SHORT, generate, listing, load, say, tokens_of
 from safetensors.numpy import load_file, save, save_file
 from server_process import ServerProcess
 from tiny_model import VOCAB_SIZE
+
+from sglang.srt.utils import MultiprocessingSerializer
+from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
 pytestmark = pytest.mark.slow
 
@@ -119,6 +123,33 @@ def test_e5_e18_scores_of_prompts_come_from_one_version_each(lora, lora_config, 
     base = generate(lora, **{**fields, "input_ids": prompt})["meta_info"]["input_token_logprobs"]
     together = replies[2]["meta_info"]["input_token_logprobs"]
     assert np.allclose([p for p, _, _ in base[1:]], [p for p, _, _ in together[1:]], atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["dict", "pairs", "flattened_bucket"])
+def test_clients_serialize_tensors_with_upstreams_names(lora, lora_config, form):
+    """What RL clients do with the package that this server comes in; bfloat16, and a view of something larger."""
+    numbers = adapters.telling_adapter(lora_config, 108)
+    tensors = {name: torch.from_numpy(value).bfloat16() for name, value in numbers.items()}
+    first = next(iter(tensors))
+    tensors[first] = torch.cat([tensors[first], tensors[first]])[: len(tensors[first])]
+    load_format, obj = None, tensors
+    if form == "pairs":
+        obj = list(tensors.items())
+    elif form == "flattened_bucket":
+        bucket = FlattenedTensorBucket(named_tensors=list(tensors.items()))
+        assert all(torch.equal(t, tensors[name]) for name, t in bucket.reconstruct_tensors())
+        load_format = form
+        obj = {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
+    body = {
+        "lora_name": "verl_actor_lora_name",
+        "config_dict": adapters.adapter_config(numbers),
+        "serialized_named_tensors": [MultiprocessingSerializer.serialize(obj, output_str=True)],
+        "load_format": load_format,
+    }
+    reply = lora.post("/load_lora_adapter_from_tensors", json=body)
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["num_tensors"] == len(tensors)
+    assert tokens_of(generate(lora, "verl_actor_lora_name")) == {108}
 
 
 def test_f8_tokenizing_takes_adapter_names(lora, lora_config, tmp_path):

@@ -8,14 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 
 import pytest
 import pytest_asyncio
-from unit.fake_scheduler import RUNNING_ABORT, Front, Row, clean_front, open_front, settle
+from unit.fake_scheduler import (
+    RUNNING_ABORT,
+    FakeReader,
+    FakeScheduler,
+    FakeThreads,
+    Front,
+    Row,
+    clean_front,
+    make_manager,
+    open_front,
+    settle,
+)
 
 from sglang.srt.errors import AdapterError, ServiceUnavailableError
 from sglang.srt.lora.lease import LoRARef, VersionState
-from sglang.srt.managers.io_struct import PauseGenerationReqInput
+from sglang.srt.managers.io_struct import LoadLoRAAdapterReqInput, LoRAUpdateOutput, PauseGenerationReqInput
 from sglang.srt.managers.io_struct.wire import (
     FreeAdapterCall,
     PauseMode,
@@ -160,21 +172,21 @@ async def test_different_names_load_side_by_side(front):
 async def test_a_load_that_has_just_ended_is_not_joined():
     """In the turn in which it ends, somebody unloads the adapter and somebody else loads it again."""
 
-    async def unload_and_load() -> None:
-        unload = front.unloading("a")
-        await asyncio.sleep(0)
-        again.append(front.loading("a"))
-        await unload
+    async def unload_and_load() -> LoRAUpdateOutput:
+        await front.manager.adapters.unload("a", wait=False)
+        obj = LoadLoRAAdapterReqInput(lora_name="a", lora_path="/adapters/a")
+        return await front.manager.load_lora_adapter(obj)
 
-    again: list[asyncio.Task] = []
     others: list[asyncio.Task] = []
-    hooks = [lambda: others.append(asyncio.ensure_future(unload_and_load()))]
-    async with clean_front(lora=True, on_publish=lambda seconds: hooks and hooks.pop()()) as front:
-        await front.answered(front.loading("a"))
-        await front.answered(again[0])
-        await others[0]
-        assert again[0].result().success
-        assert front.names == {"a": again[0].result().lora_version}
+
+    def on_publish(seconds: float) -> None:
+        if not others:
+            others.append(asyncio.ensure_future(unload_and_load()))
+
+    async with clean_front(lora=True, on_publish=on_publish) as front:
+        assert (await front.answered(front.loading("a"))).lora_version == 1
+        assert (await front.answered(others[0])).lora_version == 2
+        assert front.names == {"a": 2}
 
 
 STAGES = ["reading", "staging", "switching"]
@@ -208,15 +220,16 @@ async def test_a_load_goes_on_without_its_caller(front, stage):
     finish_all(front)
 
 
+@pytest.mark.parametrize("unloading", [False, True])
 @pytest.mark.parametrize("stage", STAGES)
-async def test_the_back_dies_during_a_load(stage):
+async def test_the_back_dies_during_a_load(stage, unloading):
     async with open_front(lora=True) as front:
         task = await upsert_at(front, stage)
-        joined = front.unloading("a")
+        unloads = [front.unloading("a")] if unloading else []
         await settle()
         front.manager.back_died("it was killed")
         front.threads.go_all()
-        await ended(task, joined)
+        await ended(task, *unloads)
         with pytest.raises(ServiceUnavailableError, match="it was killed"):
             task.result()
         registry = front.manager.lora_registry
@@ -224,7 +237,7 @@ async def test_the_back_dies_during_a_load(stage):
         assert all(version.state is VersionState.SERVING for version in registry.versions.values())
         assert set(registry.versions) == set(front.names.values())
         assert front.reader.all_closed
-        assert joined.result().success
+        assert all(unload.result().success for unload in unloads)
         with pytest.raises(ServiceUnavailableError):
             await front.loading("b")
 
@@ -653,3 +666,38 @@ async def test_upstream_register_cannot_be_published_over(front):
     assert (await front.answered(load)).error_code == "already_loaded"
     assert front.scheduler.freed == [1]
     assert front.names == {"a": 2}
+
+
+# ---- at launch -----------------------------------------------------------------------------------------------------
+
+
+async def preloading(**errors: Exception) -> tuple[Front, asyncio.Task]:
+    """A front that loads `a` and `b` before it is up."""
+    scheduler, reader = FakeScheduler(), FakeReader(errors={f"/{name}": error for name, error in errors.items()})
+    preload = (("a", "/a", True), ("b", "/b", False))
+    front = Front(make_manager(scheduler, lora=True, reader=reader, preload=preload), scheduler, reader)
+    await front.manager.start()
+    scheduler.ready()
+    return front, asyncio.ensure_future(front.manager.wait_ready())
+
+
+async def test_the_server_is_up_when_its_adapters_are(monkeypatch):
+    FakeThreads(monkeypatch)
+    front, ready = await preloading()
+    await settle()
+    assert not ready.done()
+    await front.answered(ready)
+    assert front.names == {"a": 1, "b": 2}
+    await front.check_clean()
+    await front.manager.close()
+
+
+@pytest.mark.parametrize("error", [AdapterError("path_unreadable", "not yet"), OSError("disk"), MemoryError("full")])
+async def test_a_server_whose_adapters_do_not_load_says_so(monkeypatch, error):
+    FakeThreads(monkeypatch)
+    front, ready = await preloading(b=error)
+    await settle()
+    front.scheduler.reply()
+    await ended(ready)
+    assert re.search(f"--lora-paths b=/b: .*{error}", str(ready.exception()))
+    await front.manager.close()

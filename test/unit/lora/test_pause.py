@@ -148,11 +148,12 @@ async def test_B12_a_deadline_that_passes_while_aborting(front, clock):
     await finish(front, held)
 
 
-async def test_a_deadline_after_the_death_of_the_back_does_nothing(clock):
+async def test_a_deadline_after_the_death_of_the_back_does_nothing(clock, caplog):
     async with open_front(lora=True) as front:
         await pause(front, PauseMode.IN_PLACE, timeout=5.0)
         front.manager.back_died("it was killed")
         await clock.advance(6.0)
+        assert not caplog.records
 
 
 async def test_a_continue_at_the_deadline_that_the_scheduler_refuses_is_logged(front, clock, caplog):

@@ -344,6 +344,10 @@ class TokenizerManager:
                 )
             except ServiceUnavailableError:
                 return
+            except Exception as error:  # whatever it is, nobody may wait for this server for ever
+                logger.exception("--lora-paths %s=%s", name, path)
+                self.back_died(f"--lora-paths {name}={path}: {type(error).__name__}: {error}")
+                return
             if not reply.success:
                 self.back_died(f"--lora-paths {name}={path}: {reply.error_message}")
                 return
