@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import adapters
 import httpx
@@ -95,6 +96,34 @@ def test_a36_a_dead_back_leaves_no_lease(tiny_model, lora_config, tmp_path):
         assert reply.status_code == 503
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(30) == 1
+
+
+def test_astraflows_weight_sync(tiny_model, lora_config, tmp_path):
+    """pause, load, flush, continue, a new name every step: what is in flight ends, what comes meanwhile waits."""
+    flags = ["--enable-lora", "--max-loaded-loras", "4", "--max-loras-per-batch", "4"]
+    with serve(tiny_model, *flags) as (_, client), ThreadPoolExecutor(8) as pool:
+
+        def ask(version: int, tokens: int) -> dict[str, Any]:
+            params = {**SHORT, "max_new_tokens": tokens}
+            return generate(client, f"lora_v{version}", sampling_params=params, return_logprob=True, image_data=[])
+
+        load(client, "lora_v1", say(lora_config, tmp_path / "lora_1", 101)).raise_for_status()
+        for version in range(2, 14):
+            running = [pool.submit(ask, version - 1, 90_000) for _ in range(4)]
+            until(lambda: client.get("/v1/loads").json()["loads"][0]["num_running_reqs"] == 4)
+            client.post("/pause_generation", json={}).raise_for_status()
+            for future in running:
+                reply = future.result(timeout=5)
+                assert reply["meta_info"]["finish_reason"]["type"] == "abort"
+                assert len(reply["meta_info"]["output_token_logprobs"]) == len(reply["output_ids"])
+            waiting = [pool.submit(ask, version - 1, 3) for _ in range(4)]
+            load(client, f"lora_v{version}", say(lora_config, tmp_path / "lora_1", 100 + version)).raise_for_status()
+            client.post("/flush_cache", json={}).raise_for_status()
+            assert not any(future.done() for future in waiting)
+            client.post("/continue_generation", json={}).raise_for_status()
+            assert [tokens_of(f.result(timeout=5)) for f in waiting] == [{100 + version - 1}] * 4
+            assert tokens_of(ask(version, 3)) == {100 + version}
+            assert len(listing(client)) <= 4
 
 
 def test_engine_loads_and_unloads(tiny_model, lora_config, tmp_path):
