@@ -10,8 +10,12 @@ import httpx
 from unit.tiny_models import CHATML, byte_level
 
 from sglang.srt.config.model_config import ModelConfig
-from sglang.srt.config.sections import ServerSection
+from sglang.srt.config.sections import LoadSection, LoRASection, ServerSection
 from sglang.srt.entrypoints.http_server import create_app
+from sglang.srt.entrypoints.model_names import settle_adapter
+from sglang.srt.lora.lora_registry import LoRARegistry
+from sglang.srt.managers.adapter_service import AdapterStats
+from sglang.srt.managers.io_struct import LoRAUpdateOutput
 from sglang.srt.managers.io_struct.wire import Ready, SchedulerStats
 from sglang.srt.managers.request_state import LogprobExtras
 from sglang.srt.managers.response import OutputChunk
@@ -73,6 +77,8 @@ class StubManager:
         self.disconnected = asyncio.Event()
         self.hang = False
         self.num_held = 0
+        self.lora_registry = LoRARegistry()
+        self.adapter_calls = SimpleNamespace(listing=lambda: {"adapters": []})
         self.records: dict[int, Any] = {}
 
     async def _serve(self, obj: Any, request: Any, items: list[Any]) -> Any:
@@ -109,9 +115,17 @@ class StubManager:
         self.calls.append(("flush", timeout))
         return self.flush_result
 
-    def abort_request(self, rid: str | None = None, abort_all: bool = False, prefix: bool = False) -> int:
-        self.calls.append(("abort", rid, abort_all, prefix))
+    def abort_request(
+        self, rid: str | None = None, abort_all: bool = False, prefix: bool = False, lora_name: str | None = None
+    ) -> int:
+        self.calls.append(("abort", rid, abort_all, prefix, lora_name))
         return 1
+
+    async def load_lora_adapter(self, obj: Any) -> LoRAUpdateOutput:
+        self.calls.append(("load", obj.lora_name))
+        return LoRAUpdateOutput()
+
+    load_lora_adapter_from_tensors = unload_lora_adapter = load_lora_adapter
 
 
 class StubRuntime:
@@ -154,17 +168,24 @@ class StubRuntime:
         self.server_args = ServerArgs(
             model_path="tiny", api_key=server.get("api_key"), admin_api_key=server.get("admin_api_key")
         )
-        self.config = SimpleNamespace(server=ServerSection(**{**settings, **server}), model=model)
+        self.config: Any = SimpleNamespace(
+            server=ServerSection(**{**settings, **server}),
+            model=model,
+            load=LoadSection(path="/models/tiny", dtype="float32"),
+            lora=LoRASection(),
+        )
         self.manager = StubManager()
         self.metrics: ServerMetrics | None = None
         if self.config.server.enable_metrics:
             self.metrics = ServerMetrics("tiny")
-            self.metrics.watch(lambda: self.manager.stats)
+            self.metrics.watch(lambda: self.manager.stats, AdapterStats)
 
     def generate(self, obj: Any, client: Any = None) -> Any:
+        settle_adapter(obj, self.config)
         return self.manager.generate_request(obj, client)
 
     def stream(self, obj: Any, client: Any = None) -> Any:
+        settle_adapter(obj, self.config)
         return self.manager.stream_chunks(obj, client)
 
     def client(self, **headers: str) -> httpx.AsyncClient:
@@ -209,6 +230,7 @@ def output_chunk(
         completion_tokens=len(ids) if completion_tokens is None else completion_tokens,
         cached_tokens=3,
         extras=extras or LogprobExtras(),
+        adapter_info=dict,
         prompt=SimpleNamespace(token_ids=list(prompt_ids)),
     )
     return OutputChunk(

@@ -197,14 +197,21 @@ async def test_abort_request_has_an_empty_reply(runtime):
     async with runtime.client() as client:
         responses = [
             await client.post("/abort_request", content=body)
-            for body in (b'{"rid": "x"}', b'{"abort_all": true}', b'{"rid": "y", "prefix": true}', b"")
+            for body in (
+                b'{"rid": "x"}',
+                b'{"abort_all": true}',
+                b'{"rid": "y", "prefix": true}',
+                b'{"lora_name": "a1"}',
+                b"",
+            )
         ]
-    assert [(r.status_code, r.content) for r in responses] == [(200, b"")] * 4
+    assert [(r.status_code, r.content) for r in responses] == [(200, b"")] * 5
     assert runtime.manager.calls == [
-        ("abort", "x", False, False),
-        ("abort", None, True, False),
-        ("abort", "y", False, True),
-        ("abort", None, False, False),
+        ("abort", "x", False, False, None),
+        ("abort", None, True, False, None),
+        ("abort", "y", False, True, None),
+        ("abort", None, False, False, "a1"),
+        ("abort", None, False, False, None),
     ]
 
 

@@ -173,7 +173,7 @@ async def test_a_load_that_has_just_ended_is_not_joined():
     """In the turn in which it ends, somebody unloads the adapter and somebody else loads it again."""
 
     async def unload_and_load() -> LoRAUpdateOutput:
-        await front.manager.adapters.unload("a", wait=False)
+        front.manager.lora_registry.retire(front.manager.lora_registry.resolve("a"))
         obj = LoadLoRAAdapterReqInput(lora_name="a", lora_path="/adapters/a")
         return await front.manager.load_lora_adapter(obj)
 
@@ -353,15 +353,15 @@ async def test_eviction_policy(policy, victim):
 
 
 async def test_D6_eviction_prefers_the_idle_and_never_waits_for_the_busy():
-    async with clean_front(lora=True, max_loaded_loras=2) as front:
+    async with clean_front(lora=True, max_loaded_loras=3) as front:
         await front.load("a")
         call = await front.running(lora_path="a")
-        await front.load("b")
-        await front.load("c")
-        assert set(front.names) == {"a", "c"}
+        for name in "bcd":
+            await front.load(name)
+        assert set(front.names) == {"a", "c", "d"}
         other = await front.running(lora_path="c")
-        await front.load("d")
-        assert set(front.names) == {"c", "d"}, "both were busy: the least recently used one goes, and nobody waits"
+        await front.load("e")
+        assert set(front.names) == {"c", "d", "e"}, "nobody has named d yet, a is the least recently used of the busy"
         assert front.manager.adapter_calls.listing()["adapters"][0]["state"] == "retiring"
         with pytest.raises(AdapterError, match="not loaded any more: a"):
             await front.call(lora_path="a").task
@@ -591,11 +591,45 @@ async def test_F10_a_timeout_says_who_holds_on_and_a_second_unload_joins(front, 
     call = await front.running(lora_path="a", sampling_params={"n": 3})
     reply = await front.unloading("a", timeout=timeout)
     assert reply.error_code == "busy"
-    assert "3 running ones still hold it" in reply.error_message
+    assert "3 running ones (" in reply.error_message
+    assert all(record.rid in reply.error_message for record in front.manager.records.values())
     again = [front.unloading("a") for _ in range(2)]
     finish_all(front)
     assert all([(await front.answered(task)).success for task in again])
     await call.task
+
+
+async def test_b6_a_pause_ends_the_wait_of_an_unload(front):
+    """Its holders cannot end before the pause does; the version is retired all the same."""
+    await front.load("a")
+    call = await front.running(lora_path="a")
+    unload = front.unloading("a")
+    await settle()
+    assert not unload.done()
+    pause = asyncio.ensure_future(front.manager.pause_generation(PauseGenerationReqInput(mode=PauseMode.IN_PLACE)))
+    await settle()
+    reply = await unload
+    assert (reply.success, reply.num_holders) == (True, 1)
+    front.scheduler.reply()
+    await pause
+    resume = asyncio.ensure_future(front.manager.continue_generation())
+    await settle()
+    front.scheduler.reply()
+    await resume
+    finish_all(front)
+    await front.answered(call.task)
+
+
+async def test_a_file_system_that_hangs_does_not_hang_the_name(front, monkeypatch):
+    monkeypatch.setenv("SGLANG_LORA_READ_TIMEOUT", "0.01")
+    front.threads.slow = True
+    refused = await front.loading("a")
+    assert refused.error_code == "path_unreadable"
+    front.threads.go_all()
+    await settle()
+    assert len(front.reader.made) == 1
+    assert front.reader.all_closed, "what was read too late is given back"
+    await front.load("a")
 
 
 async def test_an_unload_that_aborts(front):

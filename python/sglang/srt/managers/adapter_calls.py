@@ -5,7 +5,8 @@ Created by TokenizerManager. Every outcome is a `LoRAUpdateOutput`; only a dead 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import Awaitable
 from typing import Any, Protocol
 
 from sglang.srt.errors import AdapterError
@@ -39,13 +40,13 @@ class AdapterCalls:
     """Load, unload and list.
 
     Args:
-        freezes: whether a pause keeps requests from ending, so that nobody must wait for one.
+        frozen: set while a pause keeps requests from ending, so that nobody must wait for one.
     """
 
-    def __init__(self, service: AdapterService, reader: Reader | None, freezes: Callable[[], bool]) -> None:
+    def __init__(self, service: AdapterService, reader: Reader | None, frozen: asyncio.Event) -> None:
         self._service = service
         self._reader = reader
-        self._freezes = freezes
+        self._frozen = frozen
 
     async def load(self, obj: LoadLoRAAdapterReqInput) -> LoRAUpdateOutput:
         """Load from a directory."""
@@ -96,8 +97,11 @@ class AdapterCalls:
         )
 
     async def _unload(self, obj: UnloadLoRAAdapterReqInput) -> dict[str, Any]:
-        wait = obj.abort or not self._freezes()
-        versions = await self._service.unload(obj.lora_name, obj.timeout, abort=obj.abort, wait=wait)
+        unloading = asyncio.ensure_future(self._service.unload(obj.lora_name, obj.timeout, abort=obj.abort))
+        if obj.abort or await _first(unloading, self._frozen):
+            versions = await unloading
+        else:
+            versions = self._service.registry.named(obj.lora_name)
         return {
             "nbytes": sum(version.info.nbytes for version in versions),
             "num_holders": sum(version.num_holders for version in versions),
@@ -115,6 +119,18 @@ class AdapterCalls:
             fields = {"success": False, "error_message": error.message, "error_code": error.code}
         loaded = {n: ref.lora_path or "" for n, ref in self._service.registry.get_all_adapters().items()}
         return LoRAUpdateOutput(lora_name=name, loaded_adapters=loaded, **fields)
+
+
+async def _first(work: asyncio.Future[Any], event: asyncio.Event) -> bool:
+    """Wait for the work or the event, whichever comes first; whether it was the work, which is cancelled if not."""
+    waiting = asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait([work, waiting], return_when=asyncio.FIRST_COMPLETED)
+        return work.done()
+    finally:
+        waiting.cancel()
+        if not work.done():
+            work.cancel()
 
 
 def _payload(obj: LoadLoRAAdapterFromTensorsReqInput) -> str | list[str]:

@@ -48,6 +48,8 @@ class AdapterStats:
 
 Mode = Literal["finish_old", "switch"]
 
+MAX_LISTED = 10
+"""Holders that a message names."""
 NAME_PATTERN = re.compile(r"[A-Za-z0-9._@/+-]{1,256}")
 _FAMILY = re.compile(r"(.*\D)\d+")
 
@@ -94,7 +96,7 @@ class AdapterService:
     """See the module.
 
     Args:
-        abort_holders: aborts every request that holds a version.
+        abort_holders: aborts every request that holds a version; holders: their rids.
         on_switch: told when the requests of a version (first) have moved to another (second).
         on_publish: told how many seconds a load took.
     """
@@ -104,6 +106,7 @@ class AdapterService:
         lora: LoRASection,
         control: ControlClient,
         abort_holders: Callable[[AdapterVersion], object],
+        holders: Callable[[AdapterVersion], list[str]],
         on_switch: Callable[[AdapterVersion, AdapterVersion], None],
         on_publish: Callable[[float], None] | None = None,
     ) -> None:
@@ -113,6 +116,7 @@ class AdapterService:
         self._lora = lora
         self._control = control
         self._abort_holders = abort_holders
+        self._holders = holders
         self._on_switch = on_switch
         self._on_publish = on_publish
         self._loading: dict[str, tuple[tuple[object, ...], asyncio.Task[AdapterVersion]]] = {}
@@ -160,21 +164,18 @@ class AdapterService:
         task.add_done_callback(lambda _: self._ended(request.name, task))
         return await asyncio.shield(task)
 
-    async def unload(
-        self, name: str, timeout: float | None = None, *, abort: bool = False, wait: bool = True
-    ) -> list[AdapterVersion]:
+    async def unload(self, name: str, timeout: float | None = None, *, abort: bool = False) -> list[AdapterVersion]:
         """Take no new requests for a name, and wait until every version loaded under it is out of memory.
 
         Args:
             timeout: seconds to wait; the versions are retired all the same, and go when their holders end.
             abort: end the requests that hold them.
-            wait: False returns at once.
 
         Returns:
-            The versions that were, or are still to be, freed.
+            The versions that were freed.
 
         Raises:
-            AdapterError: no such adapter; or (busy) `timeout` was not enough: the message says how many hold on.
+            AdapterError: no such adapter; or (busy) `timeout` was not enough: the message says who holds on.
         """
         self.require_enabled()
         versions = [v for v in self.registry.named(name) if v.state is not VersionState.STAGING]
@@ -185,12 +186,13 @@ class AdapterService:
             self.registry.retire(version)
             if abort:
                 self._abort_holders(version)
-        if wait and not await self.registry.wait_gone(versions, timeout):
-            holders = sum(version.num_holders for version in versions)
+        if not await self.registry.wait_gone(versions, timeout):
+            rids = [rid for version in versions for rid in self._holders(version)]
+            shown = ", ".join(rids[:MAX_LISTED]) + ", …" * (len(rids) > MAX_LISTED)
             raise AdapterError(
                 "busy",
-                f"LoRA adapter {name} takes no new requests, but {holders} running ones still hold it after "
-                f"{timeout:g} s; it is freed when they end. Ask again, or with abort=true.",
+                f"LoRA adapter {name} takes no new requests, but {len(rids)} running ones ({shown}) still hold it "
+                f"after {timeout:g} s; it is freed when they end. Ask again, or with abort=true.",
             )
         return versions
 
@@ -276,7 +278,8 @@ class AdapterService:
             candidates = [v for v in self.registry.serving() if not v.pinned and v is not newest]
             if not candidates:
                 return
-            self._evict(min(candidates, key=self._eviction_order))
+            # Clients may be about to name the one published last, though nobody holds it yet.
+            self._evict(min(candidates[:-1] or candidates, key=self._eviction_order))
 
     def _eviction_order(self, version: AdapterVersion) -> tuple[bool, int]:
         """Idle ones first: nobody is surprised, and memory comes back at once."""

@@ -25,6 +25,7 @@ class PauseControl:
 
     Attributes:
         mode: of the pause of the whole server; None while it runs. owner: who asked for it, as far as they said.
+        frozen: set while the scheduler stands still, so that waiting for a request would wait for the end of the pause.
     """
 
     def __init__(self, lifecycle: RequestLifecycle, control: ControlClient) -> None:
@@ -32,14 +33,9 @@ class PauseControl:
         self.owner: str | None = None
         self._lifecycle = lifecycle
         self._control = control
-        self._back_paused = False
+        self.frozen = asyncio.Event()
         self._deadlines: dict[str | None, asyncio.TimerHandle] = {}
         self._resuming: set[asyncio.Task[None]] = set()
-
-    @property
-    def freezes(self) -> bool:
-        """Whether requests in flight make no progress, so that waiting for them would wait for the end of the pause."""
-        return self.mode in (PauseMode.RETRACT, PauseMode.IN_PLACE)
 
     async def pause(self, obj: PauseGenerationReqInput) -> None:
         """See TokenizerManager.pause_generation."""
@@ -59,7 +55,7 @@ class PauseControl:
             await self._lifecycle.closed(in_flight)
             return
         reply = self._control.pause(mode)
-        self._back_paused = True
+        self.frozen.set()
         self._lifecycle.set_gate(is_open=True)  # requests queue in the scheduler; those of a paused adapter still wait
         _require_success(await reply)
 
@@ -74,8 +70,8 @@ class PauseControl:
         self.mode = self.owner = None
         self.close()
         self._lifecycle.open_gates()
-        if self._back_paused:
-            self._back_paused = False
+        if self.frozen.is_set():
+            self.frozen.clear()
             _require_success(await self._control.resume())
 
     def close(self) -> None:

@@ -113,12 +113,12 @@ class TokenizerManager:
         self._builder = RequestBuilder(config, tokenizer)
         self._control = ControlClient(lambda message: self._lifecycle.outbox.send(message))
         self.adapters = AdapterService(
-            config.lora, self._control, self._abort_holders, self._on_switch, on_publish=on_publish
+            config.lora, self._control, self._abort_holders, self._holders, self._on_switch, on_publish=on_publish
         )
         self.lora_registry = self.adapters.registry
         self._lifecycle = RequestLifecycle(channel.send, lambda: self.weight_version, self.lora_registry, metrics)
         self._pause = PauseControl(self._lifecycle, self._control)
-        self.adapter_calls = AdapterCalls(self.adapters, reader, lambda: self._pause.freezes)
+        self.adapter_calls = AdapterCalls(self.adapters, reader, self._pause.frozen)
         self._flushing = False
         self._down_reason = ""
         self._settled = asyncio.Event()
@@ -303,6 +303,9 @@ class TokenizerManager:
     def _abort_holders(self, version: AdapterVersion) -> None:
         for record in self._lifecycle.holding(version):
             self._lifecycle.abort(record)
+
+    def _holders(self, version: AdapterVersion) -> list[str]:
+        return [record.rid for record in self._lifecycle.holding(version)]
 
     def _on_switch(self, old: AdapterVersion, new: AdapterVersion) -> None:
         self._lifecycle.switch(old, new)
