@@ -32,7 +32,7 @@ from sglang.benchmark.http_client import Exchange, fetch
 from sglang.srt.config.model_config import load_model_config
 from sglang.srt.config.model_path import resolve_model_path
 
-TOKENS = 400
+TOKENS = 64
 PROMPT_TOKENS = 32
 SETTLE_SECONDS = 3.0
 
