@@ -123,6 +123,7 @@ class AdapterCalls:
 
 async def _first(work: asyncio.Future[Any], event: asyncio.Event) -> bool:
     """Wait for the work or the event, whichever comes first; whether it was the work, which is cancelled if not."""
+    work.add_done_callback(lambda _: work.cancelled() or work.exception())  # its caller may be gone before it fails
     waiting = asyncio.ensure_future(event.wait())
     try:
         await asyncio.wait([work, waiting], return_when=asyncio.FIRST_COMPLETED)

@@ -33,6 +33,7 @@ constexpr int kPanelRows[] = {8, 6, 4};
 #endif
 constexpr int64_t kPanelTokens = 3 * kLanes;
 constexpr int64_t kStripeRows = 48;      // outputs that a thread makes of a panel at a time
+constexpr int64_t kSumBlocks = 4;        // blocks that are added up before they are added to the rest
 constexpr int64_t kManyTokens = 10;      // from here on, lanes without a token cost less than sums across lanes
 constexpr int64_t kChunk = 1 << 14;      // values that a thread unpacks at a time
 constexpr int kParts = kBlock / kLanes;  // vectors in a block
@@ -201,8 +202,9 @@ void linear_few(const uint8_t* w, const float* x, const float* bias, float* y, i
 template <typename Format, int R, int V>
 void panel_tile(const uint8_t* w, int64_t row_bytes, const float* panel, int64_t inputs, const float* bias, float* y,
                 int64_t tokens, int64_t outputs) {
-  VecF acc[R][V] = {};
-  for (int64_t b = 0; b < inputs / kBlock; ++b) {
+  VecF total[R][V] = {}, acc[R][V] = {};
+  const int64_t blocks = inputs / kBlock;
+  for (int64_t b = 0; b < blocks; ++b) {
     alignas(64) float widened[R][kBlock];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -221,10 +223,21 @@ void panel_tile(const uint8_t* w, int64_t row_bytes, const float* panel, int64_t
         for (int v = 0; v < V; ++v) acc[r][v] += value[v] * widened[r][i];
       }
     }
+    // A lane adds all its inputs one after the other: sums of sums keep the rounding error as small as elsewhere.
+    if (b % kSumBlocks == kSumBlocks - 1 || b == blocks - 1) {
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) {
+          total[r][v] += acc[r][v];
+          acc[r][v] = VecF{};
+        }
+      }
+    }
   }
   for (int r = 0; r < R; ++r) {
     float row[V * kLanes];
-    std::memcpy(row, acc[r], sizeof(row));
+    std::memcpy(row, total[r], sizeof(row));
     for (int64_t t = 0; t < tokens; ++t) y[t * outputs + r] = row[t] + (bias ? bias[r] : 0.0f);
   }
 }
