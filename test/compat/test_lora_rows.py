@@ -125,6 +125,21 @@ def test_e5_e18_scores_of_prompts_come_from_one_version_each(lora, lora_config, 
     assert np.allclose([p for p, _, _ in base[1:]], [p for p, _, _ in together[1:]], atol=1e-4)
 
 
+def test_c13_tokens_of_the_base_are_no_added_ones(lora, lora_config):
+    tensors = adapters.telling_adapter(lora_config, 109)
+    body = {
+        "lora_name": "tokens",
+        "config_dict": adapters.adapter_config(tensors),
+        "serialized_tensors": base64.b64encode(save(tensors)).decode(),
+    }
+    new = {"<s>": 0, "<new>": VOCAB_SIZE}
+    reply = lora.post("/load_lora_adapter_from_tensors", json={**body, "added_tokens_config": new})
+    assert reply.status_code == 400
+    assert "<new>" in reply.json()["error_message"]
+    lora.post("/load_lora_adapter_from_tensors", json={**body, "added_tokens_config": {"<s>": 0}}).raise_for_status()
+    assert tokens_of(generate(lora, "tokens")) == {109}
+
+
 @pytest.mark.parametrize("form", ["dict", "pairs", "flattened_bucket"])
 def test_clients_serialize_tensors_with_upstreams_names(lora, lora_config, form):
     """What RL clients do with the package that this server comes in; bfloat16, and a view of something larger."""

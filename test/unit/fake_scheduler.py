@@ -451,7 +451,12 @@ class FakeReader:
         return self.made[-1]
 
     def read_tensors(
-        self, config_dict: dict[str, Any], payload: Any, load_format: str | None, expected_checksums: Any = None
+        self,
+        config_dict: dict[str, Any],
+        payload: Any,
+        load_format: str | None,
+        expected_checksums: Any = None,
+        added_tokens: dict[str, Any] | None = None,
     ) -> FakeAdapter:
         """From tensors: whatever the payload is."""
         return self.read_directory(f"{payload}:{sorted(config_dict.items())}")

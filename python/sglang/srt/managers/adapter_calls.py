@@ -32,6 +32,7 @@ class Reader(Protocol):
         payload: str | list[str] | bytes,
         load_format: str | None,
         expected_checksums: Any = None,
+        added_tokens: dict[str, Any] | None = None,
     ) -> ReadAdapter:
         """From a request."""
 
@@ -87,7 +88,9 @@ class AdapterCalls:
                 LoadRequest(
                     name=obj.lora_name,
                     source=TENSOR_SOURCE,
-                    read=lambda: reader.read_tensors(obj.config_dict, payload, obj.load_format, obj.expected_checksums),
+                    read=lambda: reader.read_tensors(
+                        obj.config_dict, payload, obj.load_format, obj.expected_checksums, obj.added_tokens_config
+                    ),
                     identity=obj,
                     pinned=obj.pinned,
                     upsert=obj.upsert,
@@ -140,8 +143,6 @@ def _payload(obj: LoadLoRAAdapterFromTensorsReqInput) -> str | list[str]:
         raise AdapterError(
             "invalid_adapter", "Send the tensors in one of serialized_tensors and serialized_named_tensors."
         )
-    if obj.added_tokens_config:
-        raise AdapterError("invalid_adapter", "added_tokens_config: adapters that add tokens are not supported.")
     return given[0]
 
 
