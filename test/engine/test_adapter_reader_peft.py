@@ -6,10 +6,7 @@ import base64
 import io
 import json
 import pickle
-import sys
-import types
 import warnings
-from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from sglang.srt.config.sections import LoRASection
 from sglang.srt.errors import AdapterError
 from sglang.srt.lora.adapter import Span
 from sglang.srt.lora.adapter_reader import AdapterReader, ReadAdapter
+from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
 SIZES = {
     "vocab_size": 128,
@@ -184,30 +182,10 @@ def test_c15_dora_is_refused_by_its_tensors_too(tmp_path):
 # ---- payloads of requests ------------------------------------------------------------------------------------------
 
 
-@dataclass
-class FlattenedTensorMetadata:
-    """Same fields as upstream's class, which pickles refer to by name."""
-
-    name: str
-    shape: torch.Size
-    dtype: torch.dtype
-    start_idx: int
-    end_idx: int
-    numel: int
-
-
-def flattened(tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> bytes:
-    """A bucket as upstream's FlattenedTensorBucket makes it."""
-    module = types.ModuleType("sglang.srt.weight_sync.tensor_bucket")
-    module.FlattenedTensorMetadata = FlattenedTensorMetadata  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(FlattenedTensorMetadata, "__module__", module.__name__)
-    pieces = [tensor.flatten().view(torch.uint8) for tensor in tensors.values()]
-    metadata, end = [], 0
-    for (name, tensor), piece in zip(tensors.items(), pieces, strict=True):
-        start, end = end, end + len(piece)
-        metadata.append(FlattenedTensorMetadata(name, tensor.shape, tensor.dtype, start, end, len(piece)))
-    return pickle.dumps({"flattened_tensor": torch.cat(pieces), "metadata": metadata})
+def flattened(tensors: dict[str, torch.Tensor]) -> bytes:
+    """A bucket as clients send it."""
+    bucket = FlattenedTensorBucket(named_tensors=tensors.items())
+    return pickle.dumps({"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()})
 
 
 def b64(data: bytes) -> str:
@@ -215,7 +193,7 @@ def b64(data: bytes) -> str:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_h1_every_route_of_clients_gives_the_directory_s_digest(tmp_path, dtype, monkeypatch):
+def test_h1_every_route_of_clients_gives_the_directory_s_digest(tmp_path, dtype):
     path = saved(peft_model(target_modules="all-linear"), tmp_path, dtype)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {dtype}
@@ -230,7 +208,7 @@ def test_h1_every_route_of_clients_gives_the_directory_s_digest(tmp_path, dtype,
         ([b64(pickle.dumps(list(tensors.items())))] * 2, None),
         (b64(pickle.dumps(strided)), None),
         (b64(pickle.dumps({name: torch.nn.Parameter(tensor) for name, tensor in tensors.items()})), None),
-        (b64(flattened(tensors, monkeypatch)), "flattened_bucket"),
+        (b64(flattened(tensors)), "flattened_bucket"),
     ]
     reads = [READER.read_directory(path), *(READER.read_tensors(config, *route) for route in routes)]
     assert len({read.digest for read in reads}) == 1

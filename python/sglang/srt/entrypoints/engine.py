@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import base64
 import concurrent.futures
 import contextlib
-import ctypes
 import inspect
 import os
 import threading
@@ -35,6 +33,7 @@ from sglang.srt.managers.io_struct import (
 )
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.server_args import ServerArgs
+from sglang.srt.utils import MultiprocessingSerializer
 
 T = TypeVar("T")
 
@@ -52,8 +51,6 @@ IGNORED_FIELDS = frozenset(
     }
 )
 """Arguments of stock's `generate` that mean nothing to this server; `/generate` ignores them too."""
-
-_DTYPE_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 class FlushCacheResult(msgspec.Struct, frozen=True):
@@ -301,8 +298,9 @@ class Engine:
             tensors: {name: tensor} or (name, tensor) pairs; or a payload as the endpoint takes it, in `load_format`.
             config_dict: what adapter_config.json would say.
         """
-        payload = tensors if isinstance(tensors, str) else _safetensors(dict(tensors))
-        body = {"lora_name": lora_name, "serialized_tensors": payload, "config_dict": config_dict, "pinned": pinned}
+        if not isinstance(tensors, str):
+            tensors, load_format = MultiprocessingSerializer.serialize(dict(tensors), output_str=True), None
+        body = {"lora_name": lora_name, "serialized_tensors": tensors, "config_dict": config_dict, "pinned": pinned}
         obj = _convert({**body, "load_format": load_format, **options}, LoadLoRAAdapterFromTensorsReqInput)
         return self._loop.run(self._runtime.manager.load_lora_adapter_from_tensors(obj))
 
@@ -360,19 +358,6 @@ def _convert(fields: dict[str, Any], kind: type[T]) -> T:
         return msgspec.convert(fields, kind, strict=False)
     except msgspec.ValidationError as error:
         raise RequestError(f"{kind.__name__}: {error}") from error
-
-
-def _safetensors(tensors: dict[str, Any]) -> str:
-    """torch tensors as base64 of a safetensors image, without importing torch: whoever has tensors has it."""
-    header, data, offset = {}, [], 0
-    for name, tensor in tensors.items():
-        dense = tensor.detach().cpu().contiguous()
-        data.append(ctypes.string_at(dense.data_ptr(), dense.nbytes))
-        dtype = str(dense.dtype).removeprefix("torch.")
-        ends = [offset, offset := offset + dense.nbytes]
-        header[name] = {"dtype": _DTYPE_CODES.get(dtype, dtype), "shape": list(dense.shape), "data_offsets": ends}
-    head = msgspec.json.encode(header)
-    return base64.b64encode(b"".join([len(head).to_bytes(8, "little"), head, *data])).decode()
 
 
 async def _only(items: AsyncGenerator[Any, None]) -> Any:
