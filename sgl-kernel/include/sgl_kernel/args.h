@@ -1,0 +1,110 @@
+// Arguments of the kernels, as host and device see them: plain data, no pointers to pointers.
+#pragma once
+
+#if defined(SGL_EMULATE) || defined(__CUDACC__) || defined(__HIP__)
+#include "vendor.h"
+#else
+#include <cstdint>
+#endif
+
+namespace sgl {
+
+constexpr int kMaxSlices = 3;
+
+// Where one group of one layer lies in every slab; see "Slabs" in README.md.
+struct LoraSite {
+  const uint8_t* slabs;
+  int64_t slab_bytes;
+  int64_t table_offset;
+  int64_t a_offset;
+  int64_t b_offsets[kMaxSlices];
+  int32_t in_features;
+  int32_t rank_cap;
+  int32_t num_slices;
+  int32_t out_features[kMaxSlices];
+};
+
+// The batch buffer of README.md, cut into its parts; null where no row has an adapter.
+struct LoraBatch {
+  const int32_t* header;
+  const int32_t* perm;
+  const int32_t* token_slot;
+  const int32_t* tiles;
+  const int32_t* live;
+};
+
+// The low-rank term that is still to be added to a projection's output.
+struct LoraDelta {
+  LoraSite site;
+  LoraBatch batch;
+  const uint16_t* u;
+  int64_t u_stride;       // elements between token rows
+  int64_t u_slot_stride;  // elements between slots; 0 when every row holds the u of its own slot only
+};
+
+// y = x W^T, and u = x A^T of every live slot for its own rows.
+struct GemmArgs {
+  const uint16_t* x;
+  const uint16_t* weight;
+  uint16_t* y;
+  int64_t x_stride, weight_stride, y_stride;
+  int32_t tokens, in_features, out_features;
+  int32_t num_splits;  // blocks of a cluster, each with its part of K
+  int32_t base_tiles;  // clusters of y; those after them work on u
+  LoraSite site;
+  LoraBatch batch;
+  uint16_t* u;
+  int64_t u_stride;
+};
+
+struct ShrinkArgs {
+  const uint16_t* x;
+  uint16_t* u;
+  int64_t x_stride, u_stride;
+  int32_t num_splits;
+  LoraSite site;
+  LoraBatch batch;
+};
+
+struct ExpandArgs {
+  uint16_t* y;
+  int64_t y_stride;
+  LoraDelta delta;
+};
+
+struct NormArgs {
+  uint16_t* x;  // [T, H]; overwritten with the normalised rows
+  uint16_t* residual;  // null: plain norm of x into out
+  uint16_t* out;
+  const uint16_t* weight;
+  int64_t x_stride, residual_stride, out_stride;
+  int32_t tokens, hidden;
+  float eps;
+  LoraDelta delta;
+};
+
+struct ActivationArgs {
+  const uint16_t* x;  // [T, 2 I], gate first
+  uint16_t* out;
+  int64_t x_stride, out_stride;
+  int32_t tokens, inner;
+  LoraDelta delta;
+};
+
+struct RopeArgs {
+  uint16_t* qkv;
+  const uint16_t* bias;
+  const uint16_t* q_weight;
+  const uint16_t* k_weight;
+  const float* cos_sin;  // [P, D]: cosines, then sines, of D/2 angles
+  const int64_t* positions;
+  uint16_t* k_pool;
+  uint16_t* v_pool;
+  const int64_t* locs;
+  int64_t qkv_stride;
+  int32_t tokens, num_heads, num_kv_heads;
+  float eps;
+  LoraDelta delta;
+};
+
+}  // namespace sgl

@@ -1,0 +1,325 @@
+// What a kernel may ask of a GPU: the one file with PTX, MFMA and vendor intrinsics in it.
+//
+// Kernels are written once against this header. Three things implement it: nvcc (sm_80 and newer), clang for AMD's CDNA
+// (gfx90a, gfx942, gfx950; freestanding, no ROCm headers), and the CPU emulator of the tests (SGL_EMULATE).
+// What an architecture lacks has a defined meaning here: no cluster means a cluster of one, no programmatic launch means that waiting and triggering do nothing,
+// no asynchronous copy means a plain one.
+#pragma once
+
+#if defined(SGL_EMULATE)
+#include "emulator.h"
+#else
+
+#if defined(__CUDACC__) && !defined(__HIP__)
+#include <cstdint>
+#define SGL_CUDA 1
+#else
+#define SGL_HIP 1
+using int8_t = signed char;
+using uint8_t = unsigned char;
+using int16_t = short;
+using uint16_t = unsigned short;
+using int32_t = int;
+using uint32_t = unsigned int;
+using int64_t = long;
+using uint64_t = unsigned long;
+using size_t = decltype(sizeof(0));
+using uintptr_t = unsigned long;
+#define __global__ __attribute__((global))
+#define __device__ __attribute__((device))
+#define __host__ __attribute__((host))
+#define __shared__ __attribute__((shared))
+#define __forceinline__ inline __attribute__((always_inline))
+#endif
+
+#define SGL_DEVICE static __device__ __forceinline__
+#define SGL_UNROLL _Pragma("unroll")
+
+// A kernel entry point: SGL_KERNEL(threads) name(SGL_ARGS(Type) args) { ... }
+#if SGL_CUDA
+#define SGL_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+#define SGL_ARGS(type) const __grid_constant__ type
+#else
+#define SGL_KERNEL(threads) extern "C" __global__ void __attribute__((amdgpu_flat_work_group_size(1, threads)))
+#define SGL_ARGS(type) const type
+#endif
+
+namespace sgl {
+
+// ---- who am I ------------------------------------------------------------------------------------------------------
+
+#if SGL_CUDA
+constexpr int kWarp = 32;
+SGL_DEVICE int thread_id() { return static_cast<int>(threadIdx.x); }
+SGL_DEVICE int block_x() { return static_cast<int>(blockIdx.x); }
+SGL_DEVICE int block_y() { return static_cast<int>(blockIdx.y); }
+SGL_DEVICE int grid_x() { return static_cast<int>(gridDim.x); }
+SGL_DEVICE void barrier() { __syncthreads(); }
+#else
+constexpr int kWarp = 64;
+SGL_DEVICE int thread_id() { return static_cast<int>(__builtin_amdgcn_workitem_id_x()); }
+SGL_DEVICE int block_x() { return static_cast<int>(__builtin_amdgcn_workgroup_id_x()); }
+SGL_DEVICE int block_y() { return static_cast<int>(__builtin_amdgcn_workgroup_id_y()); }
+SGL_DEVICE int grid_x() {
+  // Code object v5 keeps the number of work-groups at the start of the implicit arguments.
+  return *(const __attribute__((address_space(4))) int32_t*)__builtin_amdgcn_implicitarg_ptr();
+}
+SGL_DEVICE void barrier() {
+  __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");
+  __builtin_amdgcn_s_barrier();
+  __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
+}
+#endif
+SGL_DEVICE int lane_id() { return thread_id() % kWarp; }
+SGL_DEVICE int warp_id() { return thread_id() / kWarp; }
+
+// ---- numbers -------------------------------------------------------------------------------------------------------
+
+using bf16 = uint16_t;  // the bits of a bfloat16
+
+struct alignas(16) Vec8 {  // eight bf16, the widest access of a thread
+  uint32_t w[4];
+};
+struct alignas(16) Float4 {
+  float v[4];
+};
+
+SGL_DEVICE float bits_to_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+SGL_DEVICE float to_float(bf16 value) { return bits_to_float(static_cast<uint32_t>(value) << 16); }
+SGL_DEVICE float low_float(uint32_t pair) { return bits_to_float(pair << 16); }
+SGL_DEVICE float high_float(uint32_t pair) { return bits_to_float(pair & 0xffff0000u); }
+
+// Two floats rounded to nearest even, the first in the low half.
+SGL_DEVICE uint32_t pack_bf16(float low, float high) {
+#if SGL_CUDA
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  const bf16 l = __builtin_bit_cast(bf16, static_cast<__bf16>(low));
+  const bf16 h = __builtin_bit_cast(bf16, static_cast<__bf16>(high));
+  return static_cast<uint32_t>(l) | static_cast<uint32_t>(h) << 16;
+#endif
+}
+SGL_DEVICE bf16 to_bf16(float value) { return static_cast<bf16>(pack_bf16(value, 0.f)); }
+
+SGL_DEVICE float rsqrt(float x) {
+#if SGL_CUDA
+  return rsqrtf(x);
+#else
+  return __builtin_amdgcn_rsqf(x);
+#endif
+}
+SGL_DEVICE float exp_approx(float x) {  // e^x to about 2 ulp of float32
+  constexpr float kLog2E = 1.4426950408889634f;
+#if SGL_CUDA
+  float y;
+  asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x * kLog2E));
+  return y;
+#else
+  return __builtin_amdgcn_exp2f(x * kLog2E);
+#endif
+}
+
+// ---- memory --------------------------------------------------------------------------------------------------------
+
+SGL_DEVICE Vec8 load_vec(const void* p) { return *static_cast<const Vec8*>(p); }
+SGL_DEVICE void store_vec(void* p, const Vec8& v) { *static_cast<Vec8*>(p) = v; }
+
+// The dynamic shared memory of this block, 128-byte aligned.
+SGL_DEVICE uint8_t* shared_memory() {
+#if SGL_CUDA
+  extern __shared__ __align__(128) uint8_t sgl_shared[];
+  return sgl_shared;
+#else
+  extern __shared__ __attribute__((aligned(128))) uint8_t sgl_shared[];
+  return (uint8_t*)sgl_shared;
+#endif
+}
+
+#if SGL_CUDA
+SGL_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+#endif
+
+// Sixteen bytes from global to shared memory, of which only the first `bytes` (0..16, even) are used and the rest become
+// zeros. Both addresses are multiples of 16; with 0 bytes the source may be null. Done after async_wait and a barrier.
+SGL_DEVICE void async_copy16(void* shared, const void* global, int bytes) {
+#if SGL_CUDA
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+               : "memory");
+#else
+  Vec8 v = {};
+  if (bytes > 0) v = load_vec(global);
+  SGL_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const int left = bytes - 4 * i;
+    v.w[i] = left >= 4 ? v.w[i] : left > 0 ? v.w[i] & 0xffffu : 0u;
+  }
+  store_vec(shared, v);
+#endif
+}
+SGL_DEVICE void async_commit() {
+#if SGL_CUDA
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// Until at most `kPending` of this thread's commits are unfinished.
+template <int kPending>
+SGL_DEVICE void async_wait() {
+#if SGL_CUDA
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+// ---- a warp --------------------------------------------------------------------------------------------------------
+
+SGL_DEVICE float shuffle_xor(float value, int mask) {
+#if SGL_CUDA
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+#else
+  const int bits = __builtin_amdgcn_ds_bpermute((lane_id() ^ mask) * 4, __builtin_bit_cast(int, value));
+  return __builtin_bit_cast(float, bits);
+#endif
+}
+
+// D[16 x 16] += A[16 x 16] B[16 x 16]^T by one warp; A and B are rows of bf16 along the summed dimension.
+struct Fragment {  // of A or B
+#if SGL_CUDA
+  uint32_t r[4];
+#else
+  uint32_t r[2];
+#endif
+};
+struct Accumulator {
+#if SGL_CUDA
+  static constexpr int kSize = 8;
+#else
+  static constexpr int kSize = 4;
+#endif
+  float v[kSize];
+  // Where element i of this lane lies: a row is one of A, a column one of B.
+  SGL_DEVICE int row(int i) {
+#if SGL_CUDA
+    return lane_id() / 4 + (i & 2) * 4;
+#else
+    return lane_id() / 16 * 4 + i;
+#endif
+  }
+  SGL_DEVICE int column(int i) {
+#if SGL_CUDA
+    return (i & 4) * 2 + lane_id() % 4 * 2 + (i & 1);
+#else
+    return lane_id() % 16;
+#endif
+  }
+};
+
+// `chunk(row, half)` is the address in shared memory of eight bf16: columns 8 * half ... of a row, 0..15.
+template <class Chunk>
+SGL_DEVICE Fragment load_fragment(Chunk chunk) {
+  Fragment f;
+  const int lane = lane_id();
+#if SGL_CUDA
+  const void* p = chunk(lane % 16, lane / 16);
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(f.r[0]), "=r"(f.r[1]), "=r"(f.r[2]), "=r"(f.r[3])
+               : "r"(shared_address(p))
+               : "memory");
+#else
+  const uint32_t* p = reinterpret_cast<const uint32_t*>(chunk(lane % 16, lane / 32)) + lane / 16 % 2 * 2;
+  f.r[0] = p[0];
+  f.r[1] = p[1];
+#endif
+  return f;
+}
+
+SGL_DEVICE void mma(Accumulator& d, const Fragment& a, const Fragment& b) {
+#if SGL_CUDA
+  SGL_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    float* v = d.v + 4 * half;
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(v[0]), "+f"(v[1]), "+f"(v[2]), "+f"(v[3])
+        : "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), "r"(a.r[3]), "r"(b.r[half]), "r"(b.r[half + 2]));
+  }
+#else
+  using Short4 = short __attribute__((ext_vector_type(4)));
+  using Float4V = float __attribute__((ext_vector_type(4)));
+  const Float4V c = __builtin_amdgcn_mfma_f32_16x16x16bf16_1k(
+      __builtin_bit_cast(Short4, a), __builtin_bit_cast(Short4, b), __builtin_bit_cast(Float4V, d), 0, 0, 0);
+  d = __builtin_bit_cast(Accumulator, c);
+#endif
+}
+
+// ---- a cluster: blocks that run together and read each other's shared memory ------------------------------------------
+
+SGL_DEVICE int cluster_rank() {
+#if SGL_CUDA && __CUDA_ARCH__ >= 900
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+#else
+  return 0;
+#endif
+}
+SGL_DEVICE int cluster_size() {
+#if SGL_CUDA && __CUDA_ARCH__ >= 900
+  uint32_t size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return static_cast<int>(size);
+#else
+  return 1;
+#endif
+}
+// A barrier of all threads of the cluster, and so of the block.
+SGL_DEVICE void cluster_barrier() {
+#if SGL_CUDA && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  barrier();
+#endif
+}
+// What block `rank` of the cluster has at the place in shared memory that `p` is in this one.
+SGL_DEVICE Float4 cluster_load(const Float4* p, int rank) {
+#if SGL_CUDA && __CUDA_ARCH__ >= 900
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(rank));
+  Float4 f;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(f.v[0]), "=f"(f.v[1]), "=f"(f.v[2]), "=f"(f.v[3])
+               : "r"(address)
+               : "memory");
+  return f;
+#else
+  return *p;
+#endif
+}
+SGL_DEVICE float cluster_load(const float* p, int rank) {
+#if SGL_CUDA && __CUDA_ARCH__ >= 900
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(rank));
+  float f;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(f) : "r"(address) : "memory");
+  return f;
+#else
+  return *p;
+#endif
+}
+
+// ---- the kernels before and after in the stream ------------------------------------------------------------------------
+
+// Before this returns, a kernel may read only what no kernel of the step writes: weights, adapters, the batch.
+SGL_DEVICE void wait_for_previous_kernel() {
+#if SGL_CUDA && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The next kernel's blocks may start as soon as all blocks of this one have said so.
+SGL_DEVICE void let_next_kernel_start() {
+#if SGL_CUDA && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+}  // namespace sgl
+#endif

@@ -1,0 +1,258 @@
+"""Where every number of an adapter lies in its slab: the contract between who packs adapters and who runs them.
+
+Used by `slab` and `types`, and by every kernel through `LoraSite.words`. Imports nothing but the standard library, so a
+trainer and a server on different machines can both build a layout and compare its `digest`.
+Invariants: two layouts made from equal arguments are equal in every offset; every part starts at a multiple of 16 bytes;
+parts do not overlap. Matrices outside the decoder layers (`lm_head`, `embed_tokens`) are not described here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+FORMAT = 1
+"""Goes up whenever equal arguments would give other offsets."""
+MAX_RANK = 256
+MAX_SLICES = 3
+RANK_STEP = 8
+"""Rows of B are padded to a multiple of this many ranks: 16 bytes."""
+TABLE_ENTRY = 8
+"""Bytes of int32 rank, float32 scale."""
+_ITEM = 2
+"""Bytes of a bf16."""
+_SLAB_STEP = 256
+"""Bytes; slab s of an allocation is then aligned as the allocation is."""
+
+
+def round_up(value: int, step: int) -> int:
+    """The smallest multiple of `step` that is at least `value`."""
+    return -(-value // step) * step
+
+
+@dataclass(frozen=True, slots=True)
+class LoraGroup:
+    """One matrix of every layer that adapters add to: slices that share their input.
+
+    Attributes:
+        name: how sites are asked for, e.g. ``qkv``.
+        in_features: K, a multiple of 8.
+        out_features: rows of every slice, one to three of them, in the order of the matrix.
+    """
+
+    name: str
+    in_features: int
+    out_features: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.in_features <= 0 or self.in_features % 8:
+            raise ValueError(f"group {self.name}: in_features is {self.in_features}; it must be a multiple of 8")
+        if not 1 <= len(self.out_features) <= MAX_SLICES:
+            raise ValueError(
+                f"group {self.name} has {len(self.out_features)} slices; 1 to {MAX_SLICES} are possible, so split it"
+            )
+        if min(self.out_features) < 1:
+            raise ValueError(f"group {self.name}: out_features are {self.out_features}; each must be positive")
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class LoraSite:
+    """A group in one layer. Hashed by identity: a layout makes each of its sites once.
+
+    Attributes:
+        in_features: K of the matrix.
+        out_features: rows of every slice.
+        rank_cap: ranks that have room, a multiple of 8.
+        table_offset: of the first slice's table entry; those of the other slices follow. Like all offsets in bytes from
+            the start of a slab.
+        a_offset: of the first slice's A; A of slice i starts i * rank_cap * in_features * 2 bytes later.
+        b_offsets: of every slice's B.
+        words: the site as 11 numbers, which is what kernels take: in_features, rank_cap, number of slices, three
+            out_features, table_offset, a_offset, three b_offsets; 0 for a slice that is not there.
+        num_slices: n.
+        u_width: columns of u, n * rank_cap.
+        total_out: N, rows of all slices.
+        end: the first byte behind the site.
+    """
+
+    in_features: int
+    out_features: tuple[int, ...]
+    rank_cap: int
+    table_offset: int
+    a_offset: int
+    b_offsets: tuple[int, ...]
+    words: tuple[int, ...] = field(init=False, repr=False)
+    num_slices: int = field(init=False, repr=False)
+    u_width: int = field(init=False, repr=False)
+    total_out: int = field(init=False, repr=False)
+    end: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Kept rather than computed when asked for: a decode step reads them hundreds of times.
+        slices = len(self.out_features)
+        absent = (0,) * (MAX_SLICES - slices)
+        shape = (self.in_features, self.rank_cap, slices, *self.out_features, *absent)
+        words = (*shape, self.table_offset, self.a_offset, *self.b_offsets, *absent)
+        for name, value in (
+            ("words", words),
+            ("num_slices", slices),
+            ("u_width", slices * self.rank_cap),
+            ("total_out", sum(self.out_features)),
+            ("end", self.b_offsets[-1] + self.out_features[-1] * self.rank_cap * _ITEM),
+        ):
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_words(cls, words: Iterable[int]) -> LoraSite:
+        """The site that has these `words`.
+
+        Raises:
+            ValueError: there are not 11 of them, or the number of slices is not 1 to 3.
+        """
+        values = tuple(words)
+        if len(values) != 5 + 2 * MAX_SLICES or not 1 <= values[2] <= MAX_SLICES:
+            raise ValueError(f"a site is 11 ints with 1 to {MAX_SLICES} slices, got {values}; pass LoraSite.words")
+        slices = values[2]
+        return cls(values[0], values[3 : 3 + slices], values[1], values[6], values[7], values[8 : 8 + slices])
+
+    def a_start(self, index: int) -> int:
+        """Where A of a slice starts, bytes from the start of the slab."""
+        return self.a_offset + index * self.rank_cap * self.in_features * _ITEM
+
+
+class LoraLayout:
+    """The layout of one adapter of a model.
+
+    Args:
+        groups: of every layer, in the order in which they lie in the slab.
+        num_layers: how often they repeat.
+        max_rank: the largest rank that an adapter may have, 1 to 256.
+
+    Attributes:
+        rank_cap: max_rank rounded up to 8.
+        table_bytes: size of the table, which is at the start.
+        slab_bytes: size of a slab.
+
+    Raises:
+        ValueError: a number is out of range, or two groups share a name.
+    """
+
+    def __init__(self, groups: Iterable[LoraGroup], num_layers: int, max_rank: int) -> None:
+        self.groups = tuple(groups)
+        self.num_layers = num_layers
+        self.max_rank = max_rank
+        self._check()
+        self.rank_cap = round_up(max_rank, RANK_STEP)
+        slices = sum(len(group.out_features) for group in self.groups)
+        self.table_bytes = round_up(num_layers * slices * TABLE_ENTRY, 16)
+        self._sites: dict[tuple[int, str], LoraSite] = {}
+        table, end = 0, self.table_bytes
+        for layer in range(num_layers):
+            for group in self.groups:
+                site = _place(group, self.rank_cap, table, end)
+                self._sites[layer, group.name] = site
+                table, end = table + site.num_slices * TABLE_ENTRY, site.end
+        self.slab_bytes = round_up(end, _SLAB_STEP)
+
+    def _check(self) -> None:
+        names = [group.name for group in self.groups]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"groups are named {names}; give at least one, and every name once")
+        if self.num_layers < 1:
+            raise ValueError(f"num_layers is {self.num_layers}; it must be at least 1")
+        if not 1 <= self.max_rank <= MAX_RANK:
+            raise ValueError(f"max_rank is {self.max_rank}; it must be 1 to {MAX_RANK}")
+
+    def site(self, layer: int, group_name: str) -> LoraSite:
+        """The site of a group in a layer: always the same object.
+
+        Raises:
+            ValueError: there is no such layer or group.
+        """
+        try:
+            return self._sites[layer, group_name]
+        except KeyError:
+            names = ", ".join(group.name for group in self.groups)
+            raise ValueError(
+                f"no site {group_name!r} in layer {layer}: layers are 0 to {self.num_layers - 1}, groups are {names}"
+            ) from None
+
+    def describe(self) -> dict[str, Any]:
+        """The layout as JSON-able data, for `from_description` in another process."""
+        return {
+            "format": FORMAT,
+            "groups": [
+                {"name": group.name, "in_features": group.in_features, "out_features": list(group.out_features)}
+                for group in self.groups
+            ],
+            "num_layers": self.num_layers,
+            "max_rank": self.max_rank,
+        }
+
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any]) -> LoraLayout:
+        """The layout that `describe` described.
+
+        Raises:
+            ValueError: it is of another format, or something is missing or out of range.
+        """
+        if description.get("format") != FORMAT:
+            raise ValueError(
+                f"the layout has format {description.get('format')!r}, this version reads {FORMAT}; "
+                "install the same sgl_kernel on both sides"
+            )
+        try:
+            groups = [
+                LoraGroup(str(g["name"]), int(g["in_features"]), tuple(int(n) for n in g["out_features"]))
+                for g in description["groups"]
+            ]
+            return cls(groups, int(description["num_layers"]), int(description["max_rank"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a description of a layout: {error!r}; use what `describe` returned") from error
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the description, hexadecimal: equal exactly when two layouts are."""
+        text = json.dumps(self.describe(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LoraLayout) and self.describe() == other.describe()
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return f"LoraLayout({list(self.groups)}, num_layers={self.num_layers}, max_rank={self.max_rank})"
+
+
+def _place(group: LoraGroup, rank_cap: int, table: int, start: int) -> LoraSite:
+    """The site whose table entries are at `table` and whose factors begin at `start`."""
+    end = start + len(group.out_features) * rank_cap * group.in_features * _ITEM
+    b_offsets = []
+    for rows in group.out_features:
+        b_offsets.append(end)
+        end += rows * rank_cap * _ITEM
+    return LoraSite(group.in_features, group.out_features, rank_cap, table, start, tuple(b_offsets))
+
+
+def decoder_groups(
+    hidden: int, intermediate: int, num_heads: int, num_kv_heads: int, head_dim: int
+) -> tuple[LoraGroup, LoraGroup, LoraGroup, LoraGroup]:
+    """qkv, o, gate_up and down of a decoder with a gated MLP. For a tensor-parallel rank, give its own share.
+
+    Args:
+        hidden, intermediate: widths of the residual stream and of the MLP.
+        num_heads, num_kv_heads: query heads, and heads of keys and of values.
+        head_dim: width of a head; num_heads * head_dim need not be `hidden`.
+    """
+    q, kv = num_heads * head_dim, num_kv_heads * head_dim
+    return (
+        LoraGroup("qkv", hidden, (q, kv, kv)),
+        LoraGroup("o", q, (hidden,)),
+        LoraGroup("gate_up", hidden, (intermediate, intermediate)),
+        LoraGroup("down", intermediate, (hidden,)),
+    )
