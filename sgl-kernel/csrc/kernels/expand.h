@@ -9,7 +9,7 @@ template <class Expand>
 SGL_DEVICE void lora_expand_add(const ExpandArgs& args) {
   let_next_kernel_start();
   const LoraDelta& delta = args.delta;
-  if (block_y() >= num_lora_tiles(delta.batch)) return;
+  if (block_y() >= num_lora_tiles(delta.batch)) return wait_for_previous_kernel();
   const Tile tile = read_tile(delta.batch, block_y());
   // Blocks along x: the column tiles of slice 0, then those of slice 1, ...
   int slice = 0, index = block_x(), out_start = 0;
@@ -20,7 +20,7 @@ SGL_DEVICE void lora_expand_add(const ExpandArgs& args) {
     out_start += delta.site.out_features[slice];
   }
   const Slice module = read_slice(delta.site, tile.slot, slice);
-  if (module.rank == 0) return;
+  if (module.rank == 0) return wait_for_previous_kernel();
   const int first = index * Expand::kColumns, left = delta.site.out_features[slice] - first;
   const int columns = left < Expand::kColumns ? left : Expand::kColumns;
   const bf16* b = b_of(delta.site, tile.slot, slice);

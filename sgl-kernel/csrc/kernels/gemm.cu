@@ -1,31 +1,40 @@
-// Entry points of gemm.h: weight rows a block x token rows it can hold.
+// Entry points of gemm.h, named by the token rows of a block and, where there is a choice, its rows of weights.
 #include "gemm.h"
 
 #include "sgl_kernel/geometry.h"
 
 namespace sgl {
-template <int kRows, int kTokens>
-struct Gemm : TileGemm<kRows, kTokens, gemm_stages(kWarp, kRows, kTokens)> {
+
+template <int kTokens>
+struct Stream : StreamGemm<stream_tokens(kWarp, kTokens), stream_warps(kWarp), stream_stages(kWarp, kTokens)> {
+  using Base = StreamGemm<stream_tokens(kWarp, kTokens), stream_warps(kWarp), stream_stages(kWarp, kTokens)>;
+  static_assert(Base::kThreads == kStreamThreads, "geometry.h");
+  static_assert(Base::kSharedBytes == stream_shared_bytes(kWarp, kTokens), "geometry.h");
+};
+
+template <int kTokens, int kRows>
+struct Block : TileGemm<kRows, kTokens, gemm_stages(kWarp, kRows, kTokens)> {
   using Base = TileGemm<kRows, kTokens, gemm_stages(kWarp, kRows, kTokens)>;
   static_assert(Base::kThreads == gemm_threads(kWarp, kRows), "geometry.h");
   static_assert(Base::kSharedBytes == gemm_shared_bytes(kWarp, kRows, kTokens), "geometry.h");
 };
+
 }  // namespace sgl
 
-#define SGL_GEMM(rows, tokens)                                                 \
-  SGL_KERNEL(sgl::gemm_threads(sgl::kWarp, rows))                              \
-  skinny_gemm_##rows##x##tokens(SGL_ARGS(sgl::GemmArgs) args) {                \
-    sgl::skinny_gemm<sgl::Gemm<rows, tokens>>(args);                           \
+#define SGL_STREAM(name, type, tokens)                                       \
+  SGL_KERNEL(sgl::kStreamThreads) name##_##tokens(SGL_ARGS(sgl::type) args) { \
+    sgl::name##_stream<sgl::Stream<tokens>>(args);                           \
   }
-#define SGL_SHRINK(rows, tokens)                                               \
-  SGL_KERNEL(sgl::gemm_threads(sgl::kWarp, rows))                              \
-  lora_shrink_##rows##x##tokens(SGL_ARGS(sgl::ShrinkArgs) args) {              \
-    sgl::lora_shrink<sgl::Gemm<rows, tokens>>(args);                           \
+#define SGL_TILE(name, type, tokens, rows)                     \
+  SGL_KERNEL(sgl::gemm_threads(sgl::kWarp, rows))              \
+  name##_##tokens##x##rows(SGL_ARGS(sgl::type) args) {         \
+    sgl::name##_tile<sgl::Block<tokens, rows>>(args);          \
   }
 
-SGL_GEMM(64, 16)
-SGL_GEMM(64, 32)
-SGL_GEMM(64, 64)
-SGL_GEMM(128, 64)
-SGL_SHRINK(64, 16)
-SGL_SHRINK(64, 64)
+SGL_STREAM(skinny_gemm, GemmArgs, 8)
+SGL_STREAM(skinny_gemm, GemmArgs, 16)
+SGL_STREAM(lora_shrink, ShrinkArgs, 16)
+SGL_TILE(skinny_gemm, GemmArgs, 32, 64)
+SGL_TILE(skinny_gemm, GemmArgs, 64, 64)
+SGL_TILE(skinny_gemm, GemmArgs, 64, 128)
+SGL_TILE(lora_shrink, ShrinkArgs, 64, 64)

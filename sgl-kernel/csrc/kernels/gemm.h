@@ -1,14 +1,110 @@
-// y = x W^T for a few token rows, with every live adapter's u = x A^T in the same launch.
+// Products with few rows of x, and with the rows of A: y = x W^T for decoding, u = x A^T alone, or both in one launch.
 //
-// A decode step reads each weight once and computes next to nothing, so this kernel is a way to keep enough of W in flight:
-// small blocks, several to a multiprocessor, and K split over a cluster so that even a narrow matrix fills the device.
-// A rows are more clusters of the same kind; the batch says how many of them have something to do.
+// Up to 16 tokens go through stream_gemm.h, more through tile_gemm.h; both put the A rows of live slots after the rows of
+// W as work of the same kind, and the batch says how many there are.
 #pragma once
 
 #include "sgl_kernel/lora.h"
+#include "sgl_kernel/stream_gemm.h"
 #include "sgl_kernel/tile_gemm.h"
 
 namespace sgl {
+
+// ---- few tokens: units of sixteen rows -----------------------------------------------------------------------------
+
+// Rows of A of one slot, from `first` on.
+struct AUnit {
+  int slot, first;
+  ARows a;
+
+  __device__ __forceinline__ const bf16* row(const LoraSite& site, int r) const {
+    if (first + r >= count(a)) return nullptr;
+    const ARow place = locate(a, first + r);
+    return a_of(site, slot, place.slice) + static_cast<int64_t>(place.row) * site.in_features;
+  }
+  __device__ __forceinline__ void store(const LoraSite& site, bf16* u, int r, float low, float high) const {
+    const float sums[2] = {low, high};
+    SGL_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      if (first + r + i >= count(a)) return;
+      const ARow place = locate(a, first + r + i);
+      u[place.slice * site.rank_cap + place.row] = to_bf16(sums[i]);
+    }
+  }
+};
+
+// Units of W's rows, then of the A rows of every live slot.
+struct GemmWork {
+  const GemmArgs& args;
+
+  SGL_DEVICE int units_of_slot(const GemmArgs& args) { return (args.site.num_slices * args.site.rank_cap + 15) / 16; }
+  SGL_DEVICE int units(const GemmArgs& args) {
+    const int slots = args.batch.header == nullptr ? 0 : num_live_slots(args.batch);
+    return args.base_tiles + slots * units_of_slot(args);
+  }
+  __device__ __forceinline__ AUnit a_unit(int unit) const {
+    const int index = unit - args.base_tiles, each = units_of_slot(args), slot = args.batch.live[index / each];
+    return {slot, index % each * 16, ARows::of(args.site, slot)};
+  }
+  __device__ __forceinline__ const bf16* row(int unit, int r) const {
+    if (unit >= args.base_tiles) return a_unit(unit).row(args.site, r);
+    const int n = unit * 16 + r;
+    return n < args.out_features ? args.weight + n * args.weight_stride : nullptr;
+  }
+  __device__ __forceinline__ const bf16* token(int, int t) const {
+    return t < args.tokens ? args.x + t * args.x_stride : nullptr;
+  }
+  __device__ __forceinline__ int tokens(int) const { return args.tokens; }
+  __device__ __forceinline__ void store(int unit, int r, int t, float low, float high) const {
+    if (unit < args.base_tiles) {
+      const int n = unit * 16 + r;
+      if (n < args.out_features) *reinterpret_cast<uint32_t*>(args.y + t * args.y_stride + n) = pack_bf16(low, high);
+      return;
+    }
+    const AUnit a = a_unit(unit);
+    if (args.batch.token_slot[t] == a.slot) a.store(args.site, args.u + t * args.u_stride, r, low, high);
+  }
+};
+
+// Blocks: clusters of num_splits, as many as there is room for; each walks through its units.
+template <class Stream>
+SGL_DEVICE void skinny_gemm_stream(const GemmArgs& args) {
+  let_next_kernel_start();
+  const Range k = part_of(args.in_features, cluster_rank(), cluster_size());
+  Stream::run(GemmWork{args}, block_x() / args.num_splits, GemmWork::units(args), grid_x() / args.num_splits, k.begin, k.end);
+}
+
+// Units of A's rows for one tile of at most sixteen tokens of one slot each.
+struct ShrinkWork {
+  const ShrinkArgs& args;
+  Tile tile;
+  ARows a;
+
+  __device__ __forceinline__ AUnit a_unit(int unit) const { return {tile.slot, unit * 16, a}; }
+  __device__ __forceinline__ const bf16* row(int unit, int r) const { return a_unit(unit).row(args.site, r); }
+  __device__ __forceinline__ int token_row(int t) const { return args.batch.perm[tile.start + t]; }
+  __device__ __forceinline__ const bf16* token(int, int t) const {
+    return t < tile.count ? args.x + token_row(t) * args.x_stride : nullptr;
+  }
+  __device__ __forceinline__ int tokens(int) const { return tile.count; }
+  __device__ __forceinline__ void store(int unit, int r, int t, float low, float high) const {
+    a_unit(unit).store(args.site, args.u + token_row(t) * args.u_stride, r, low, high);
+  }
+};
+
+// Blocks: x a cluster of num_splits for sixteen rows of A, y a tile.
+template <class Stream>
+SGL_DEVICE void lora_shrink_stream(const ShrinkArgs& args) {
+  let_next_kernel_start();
+  if (block_y() >= num_lora_tiles(args.batch)) return wait_for_previous_kernel();
+  const Tile tile = read_tile(args.batch, block_y());
+  const ARows a = ARows::of(args.site, tile.slot);
+  const Range k = part_of(args.site.in_features, cluster_rank(), cluster_size());
+  Stream::run(ShrinkWork{args, tile, a}, block_x() / args.num_splits, (count(a) + 15) / 16, grid_x() / args.num_splits,
+              k.begin, k.end);
+}
+
+// ---- more tokens: blocks of 64 or 128 rows -------------------------------------------------------------------------
 
 // u of the rows [first, first + kRows) of a slot's A; `token_row(t)` is the row of x and u, negative for no token.
 template <class Gemm, class TokenRow>
@@ -16,7 +112,7 @@ SGL_DEVICE void shrink_tile(const LoraSite& site, int slot, int first, const bf1
                             int64_t u_stride, int tokens, TokenRow token_row) {
   const ARows a = ARows::of(site, slot);
   const int rows = count(a) - first;
-  if (rows <= 0) return;  // the same for every block of the cluster
+  if (rows <= 0) return wait_for_previous_kernel();  // the same for every block of the cluster
   const Range k = part_of(site.in_features, cluster_rank(), cluster_size());
   Gemm gemm;
   gemm.run(
@@ -40,8 +136,9 @@ SGL_DEVICE void shrink_tile(const LoraSite& site, int slot, int first, const bf1
   });
 }
 
+// Blocks: clusters of num_splits, one for each tile of W's rows and then some for those of A.
 template <class Gemm>
-SGL_DEVICE void skinny_gemm(const GemmArgs& args) {
+SGL_DEVICE void skinny_gemm_tile(const GemmArgs& args) {
   let_next_kernel_start();
   const int cluster = block_x() / args.num_splits;
   if (cluster < args.base_tiles) {
@@ -68,10 +165,11 @@ SGL_DEVICE void skinny_gemm(const GemmArgs& args) {
   }
 }
 
+// Blocks: x a cluster of num_splits for kRows rows of A, y a tile of tokens of one slot.
 template <class Gemm>
-SGL_DEVICE void lora_shrink(const ShrinkArgs& args) {
+SGL_DEVICE void lora_shrink_tile(const ShrinkArgs& args) {
   let_next_kernel_start();
-  if (block_y() >= num_lora_tiles(args.batch)) return;
+  if (block_y() >= num_lora_tiles(args.batch)) return wait_for_previous_kernel();
   const Tile tile = read_tile(args.batch, block_y());
   const int first = block_x() / args.num_splits * Gemm::kRows;
   shrink_tile<Gemm>(args.site, tile.slot, first, args.x, args.x_stride, args.u, args.u_stride, tile.count,

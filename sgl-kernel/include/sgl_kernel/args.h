@@ -73,12 +73,14 @@ struct ExpandArgs {
 };
 
 struct NormArgs {
-  uint16_t* x;  // [T, H]; overwritten with the normalised rows
-  uint16_t* residual;  // null: plain norm of x into out
-  uint16_t* out;
+  uint16_t* x;         // [T, H]; with a residual overwritten with the normalised rows
+  uint16_t* residual;  // null: plain norm of x into out, which may be x; no low-rank term
+  uint16_t* out;       // not used with a residual
   const uint16_t* weight;
   int64_t x_stride, residual_stride, out_stride;
   int32_t tokens, hidden;
+  int32_t block_tokens;  // token rows a block takes: a power of two, at most norm_tokens()
+  int32_t staged, held;  // norm_staged() and norm_held()
   float eps;
   LoraDelta delta;
 };
@@ -92,17 +94,18 @@ struct ActivationArgs {
 };
 
 struct RopeArgs {
-  uint16_t* qkv;
-  const uint16_t* bias;
-  const uint16_t* q_weight;
+  uint16_t* qkv;             // [T, (num_heads + 2 num_kv_heads) D], overwritten
+  const uint16_t* bias;      // of every column of qkv, or null
+  const uint16_t* q_weight;  // [D] of the norm of every head of q, or null; k_weight of k
   const uint16_t* k_weight;
   const float* cos_sin;  // [P, D]: cosines, then sines, of D/2 angles
   const int64_t* positions;
-  uint16_t* k_pool;
+  uint16_t* k_pool;  // [N, num_kv_heads, D], as v_pool; null: nothing is copied
   uint16_t* v_pool;
-  const int64_t* locs;
+  const int64_t* locs;  // row of the pools for every token
   int64_t qkv_stride;
   int32_t tokens, num_heads, num_kv_heads;
+  int32_t block_heads;  // heads that a block takes, one after another
   float eps;
   LoraDelta delta;
 };

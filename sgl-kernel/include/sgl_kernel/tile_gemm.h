@@ -5,12 +5,10 @@
 // Weights are static, so their first stages are on the way before the previous kernel has finished.
 #pragma once
 
+#include "swizzle.h"
 #include "vendor.h"
 
 namespace sgl {
-
-// Sixteen-byte chunks of a 128-byte row, permuted so that the eight rows a warp reads at once lie in different banks.
-SGL_DEVICE int swizzle(int row, int chunk) { return (row * 8 + (chunk ^ (row & 7))) * 16; }
 
 template <int kRows_, int kTokens_, int kStages>
 struct TileGemm {

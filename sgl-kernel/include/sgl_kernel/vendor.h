@@ -36,11 +36,14 @@ using uintptr_t = unsigned long;
 #define SGL_UNROLL _Pragma("unroll")
 
 // A kernel entry point: SGL_KERNEL(threads) name(SGL_ARGS(Type) args) { ... }
+// SGL_KERNEL_OF(threads, blocks) says how many blocks a multiprocessor should have registers for.
 #if SGL_CUDA
-#define SGL_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+#define SGL_KERNEL_OF(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
+#define SGL_KERNEL(threads) SGL_KERNEL_OF(threads, 2)
 #define SGL_ARGS(type) const __grid_constant__ type
 #else
 #define SGL_KERNEL(threads) extern "C" __global__ void __attribute__((amdgpu_flat_work_group_size(1, threads)))
+#define SGL_KERNEL_OF(threads, blocks) SGL_KERNEL(threads)
 #define SGL_ARGS(type) const type
 #endif
 
@@ -80,6 +83,9 @@ using bf16 = uint16_t;  // the bits of a bfloat16
 struct alignas(16) Vec8 {  // eight bf16, the widest access of a thread
   uint32_t w[4];
 };
+struct alignas(8) Float2 {
+  float v[2];
+};
 struct alignas(16) Float4 {
   float v[4];
 };
@@ -103,6 +109,24 @@ SGL_DEVICE uint32_t pack_bf16(float low, float high) {
 }
 SGL_DEVICE bf16 to_bf16(float value) { return static_cast<bf16>(pack_bf16(value, 0.f)); }
 
+// a * b + c, rounded once. Said aloud where a sum must have the same bits in every kernel that takes it: what a compiler
+// makes of `a * b + c` may depend on the code around it.
+SGL_DEVICE float multiply_add(float a, float b, float c) {
+#if SGL_CUDA
+  return __fmaf_rn(a, b, c);
+#else
+  return __builtin_fmaf(a, b, c);
+#endif
+}
+SGL_DEVICE float reciprocal_approx(float x) {  // 1 / x to about 1 ulp of float32
+#if SGL_CUDA
+  float y;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return __builtin_amdgcn_rcpf(x);
+#endif
+}
 SGL_DEVICE float rsqrt(float x) {
 #if SGL_CUDA
   return rsqrtf(x);
@@ -125,6 +149,13 @@ SGL_DEVICE float exp_approx(float x) {  // e^x to about 2 ulp of float32
 
 SGL_DEVICE Vec8 load_vec(const void* p) { return *static_cast<const Vec8*>(p); }
 SGL_DEVICE void store_vec(void* p, const Vec8& v) { *static_cast<Vec8*>(p) = v; }
+
+// Ask for the cache line at `global` to be on its way to the last cache; nothing where there is no such instruction.
+SGL_DEVICE void prefetch_l2(const void* global) {
+#if SGL_CUDA
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+#endif
+}
 
 // The dynamic shared memory of this block, 128-byte aligned.
 SGL_DEVICE uint8_t* shared_memory() {
@@ -172,6 +203,17 @@ SGL_DEVICE void async_wait() {
 }
 
 // ---- a warp --------------------------------------------------------------------------------------------------------
+
+// Makes the shared memory that lanes of this warp have written (their finished copies too) visible to all of them.
+SGL_DEVICE void warp_barrier() {
+#if SGL_CUDA
+  __syncwarp();
+#else
+  __builtin_amdgcn_fence(__ATOMIC_RELEASE, "wavefront");
+  __builtin_amdgcn_wave_barrier();
+  __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "wavefront");
+#endif
+}
 
 SGL_DEVICE float shuffle_xor(float value, int mask) {
 #if SGL_CUDA
@@ -233,10 +275,12 @@ SGL_DEVICE Fragment load_fragment(Chunk chunk) {
   return f;
 }
 
+// Of the columns of D, the rows of B, only the first kColumns are computed: 8 or 16; always 16 on wave-64 GPUs.
+template <int kColumns = 16>
 SGL_DEVICE void mma(Accumulator& d, const Fragment& a, const Fragment& b) {
 #if SGL_CUDA
   SGL_UNROLL
-  for (int half = 0; half < 2; ++half) {
+  for (int half = 0; half < kColumns / 8; ++half) {
     float* v = d.v + 4 * half;
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(v[0]), "+f"(v[1]), "+f"(v[2]), "+f"(v[3])
@@ -289,6 +333,17 @@ SGL_DEVICE Float4 cluster_load(const Float4* p, int rank) {
                : "=f"(f.v[0]), "=f"(f.v[1]), "=f"(f.v[2]), "=f"(f.v[3])
                : "r"(address)
                : "memory");
+  return f;
+#else
+  return *p;
+#endif
+}
+SGL_DEVICE Float2 cluster_load(const Float2* p, int rank) {
+#if SGL_CUDA && __CUDA_ARCH__ >= 900
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(rank));
+  Float2 f;
+  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(f.v[0]), "=f"(f.v[1]) : "r"(address) : "memory");
   return f;
 #else
   return *p;

@@ -64,8 +64,8 @@ class LoraSlabs:
         """Put an adapter into a slot: one copy, in the order of the current stream.
 
         Args:
-            slab: uint8 [slab_bytes], contiguous, on the host (see `pinned_slab`) or on a device. A pinned one must not be
-                written before the copy is done.
+            slab: uint8 [slab_bytes], contiguous, on the host (see `pinned_slab`) or on a device. A pinned one must not
+                be written before the copy is done.
 
         Raises:
             TypeError, ValueError: the slot or the slab does not fit.
@@ -118,13 +118,11 @@ class LoraBatch:
             raise TypeError(f"words are {self.words.dtype}; they must be torch.int32, as build_batch returns them")
         if self.words.shape != (self.shape.words,) or not self.words.is_contiguous():
             raise ValueError(
-                f"words have shape {list(self.words.shape)}; it must be contiguous [{self.shape.words}] for {self.shape}"
+                f"words have shape {list(self.words.shape)}; {self.shape} has [{self.shape.words}], contiguous"
             )
 
     @classmethod
-    def to_device(
-        cls, words: NDArray[np.int32] | Tensor, shape: BatchShape, device: torch.device | str
-    ) -> LoraBatch:
+    def to_device(cls, words: NDArray[np.int32] | Tensor, shape: BatchShape, device: torch.device | str) -> LoraBatch:
         """A copy of host words on a device, in the order of the current stream; pinned words must outlive the copy."""
         host = words if isinstance(words, Tensor) else torch.from_numpy(words)
         return cls(host.to(device, non_blocking=True, copy=True), shape)
@@ -169,7 +167,9 @@ class LoraDelta:
         if u.dtype not in FLOATS:
             raise TypeError(f"u is {u.dtype}; it must be one of {', '.join(map(str, FLOATS))}")
         if self.u_slot_stride not in (0, site.u_width):
-            raise ValueError(f"u_slot_stride is {self.u_slot_stride}; it must be 0 or the site's u_width {site.u_width}")
+            raise ValueError(
+                f"u_slot_stride is {self.u_slot_stride}; it must be 0 or the site's u_width {site.u_width}"
+            )
         slots = self.slabs.data.shape[0] if self.u_slot_stride else 1
         if u.ndim != 2 or u.shape[1] != slots * site.u_width or u.stride(1) != 1:
             raise ValueError(
@@ -181,9 +181,16 @@ class LoraDelta:
                 f"u is on {u.device}, the slabs on {self.slabs.data.device}, the batch on {self.batch.words.device}; "
                 "all must be on one device"
             )
+        if u.is_cuda and (u.data_ptr() | u.stride(0) * u.element_size()) % 16:
+            raise ValueError(
+                f"u is at {u.data_ptr():#x} with {u.stride(0)} elements between rows; "
+                "every row must start at a multiple of 16 bytes"
+            )
         if self.batch.shape.num_slots > self.slabs.data.shape[0]:
-            raise ValueError(f"the batch names {self.batch.shape.num_slots} slots, there are {self.slabs.data.shape[0]}")
+            raise ValueError(
+                f"the batch names {self.batch.shape.num_slots} slots, there are {self.slabs.data.shape[0]}"
+            )
         if site.end > self.slabs.data.shape[1]:
             raise ValueError(
-                f"the site ends at byte {site.end} of a slab of {self.slabs.data.shape[1]}; take it from the slabs' layout"
+                f"the site ends at byte {site.end}, slabs at {self.slabs.data.shape[1]}; take it from the slabs' layout"
             )

@@ -85,7 +85,7 @@ def build_batch(
         `out`. Words that no count covers are 0, except that `token_slot` is -1 from `tokens` on.
 
     Raises:
-        ValueError: more tokens than `max_tokens`, a slot that is not -1 to num_slots - 1, or an `out` that does not fit.
+        ValueError: more tokens than `max_tokens`, a slot that is not -1 to num_slots - 1, or an unfit `out`.
     """
     tokens = len(token_slots)
     _check(token_slots, shape)
@@ -138,5 +138,5 @@ def _check(token_slots: NDArray[np.int32], shape: BatchShape) -> None:
         low, high = int(token_slots.min()), int(token_slots.max())
         if low < -1 or high >= shape.num_slots:
             raise ValueError(
-                f"slot {low if low < -1 else high} is out of range; slots are 0 to {shape.num_slots - 1}, -1 is the base"
+                f"slot {low if low < -1 else high} does not exist; slots are 0 to {shape.num_slots - 1}, -1 is the base"
             )

@@ -2,8 +2,8 @@
 
 Used by `slab` and `types`, and by every kernel through `LoraSite.words`. Imports nothing but the standard library, so a
 trainer and a server on different machines can both build a layout and compare its `digest`.
-Invariants: two layouts made from equal arguments are equal in every offset; every part starts at a multiple of 16 bytes;
-parts do not overlap. Matrices outside the decoder layers (`lm_head`, `embed_tokens`) are not described here.
+Invariants: two layouts made from equal arguments are equal in every offset; every part starts at a multiple of 16
+bytes; parts do not overlap. Matrices outside the decoder layers (`lm_head`, `embed_tokens`) are not described here.
 """
 
 from __future__ import annotations

@@ -1,0 +1,109 @@
+"""All matrix products of one decode step, in a CUDA graph: ours beside cuBLAS, beside the bytes of the weights.
+
+    python benchmark/kernels/decode_gemm.py --model qwen3-1.7b --tokens 1 16 64
+
+Every layer has its own weights, so that none is found in the L2 cache. Prints a table and, with --out, JSON lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sgl_kernel import _binding
+
+BANDWIDTH = 4.3e12
+"""Bytes a second that an H200 copies at (measured), the roofline of the table."""
+
+MODELS = {  # layers, hidden, q + k + v, q, intermediate, vocabulary
+    "qwen3-1.7b": (28, 2048, 4096, 2048, 6144, 151936),
+    "qwen3-8b": (36, 4096, 6144, 4096, 12288, 151936),
+}
+
+
+def matrices(model: str, layers: int | None) -> list[Tensor]:
+    """Weights [N, K] of a step, in its order."""
+    depth, hidden, qkv, q, mlp, vocab = MODELS[model]
+    shapes = [(qkv, hidden), (hidden, q), (2 * mlp, hidden), (hidden, mlp)] * (layers or depth) + [(vocab, hidden)]
+    return [torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02 for shape in shapes]
+
+
+def graph_ms(run: Callable[[], None], repeats: int) -> float:
+    """Median time of a replay of `run`, captured."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    times = []
+    for i in range(repeats + 3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if i >= 3:
+            times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def systems(weights: list[Tensor], tokens: int, splits: list[int]) -> Iterator[tuple[str, Callable[[], None]]]:
+    """(name, a step's products) of everything that is compared."""
+    inputs = {w.shape[1]: torch.randn(tokens, w.shape[1], device="cuda", dtype=torch.bfloat16) for w in weights}
+    outputs = {w.shape[0]: torch.empty(tokens, w.shape[0], device="cuda", dtype=torch.bfloat16) for w in weights}
+    native = _binding.native_for(inputs[weights[0].shape[1]])
+    assert native is not None, "no binary for this GPU"
+
+    def cublas() -> None:
+        for w in weights:
+            torch.mm(inputs[w.shape[1]], w.t(), out=outputs[w.shape[0]])
+
+    def ours(count: int) -> None:
+        for w in weights:
+            native.skinny_gemm(inputs[w.shape[1]], w, outputs[w.shape[0]], splits=count)
+
+    def overlapped(count: int) -> None:
+        with _binding.programmatic_launch():
+            ours(count)
+
+    yield "cublas", cublas
+    yield "ours", lambda: ours(0)
+    yield "ours+overlap", lambda: overlapped(0)
+    for count in splits:
+        yield f"ours+overlap, {count} splits", lambda count=count: overlapped(count)
+
+
+def main() -> None:
+    """Measure as the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default="qwen3-1.7b")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 32, 64])
+    parser.add_argument("--splits", type=int, nargs="*", default=[])
+    parser.add_argument("--layers", type=int, help="fewer layers, for a quick look")
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    weights = matrices(args.model, args.layers)
+    size = sum(w.nbytes for w in weights)
+    print(f"{args.model}: {size / 1e9:.2f} GB, {size / BANDWIDTH * 1e3:.3f} ms; {torch.cuda.get_device_name()}, torch {torch.__version__}")
+    for tokens in args.tokens:
+        for name, run in systems(weights, tokens, args.splits):
+            ms = graph_ms(run, args.repeats)
+            rate = size / ms / 1e9
+            print(f"M={tokens:3d} {name:24s} {ms:7.3f} ms  {rate:5.2f} TB/s", flush=True)
+            if args.out:
+                row = {"model": args.model, "tokens": tokens, "system": name, "ms": ms, "tb_per_s": rate}
+                with args.out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

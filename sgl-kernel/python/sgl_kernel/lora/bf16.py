@@ -1,0 +1,81 @@
+"""Arrays of any floating dtype as bf16 bits, without torch.
+
+Used by `slab`. numpy has no bf16, so its bits travel as uint16. Invariant: a value is rounded once, to nearest with
+ties to even, whatever it is rounded from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def to_bf16_bits(array: Any) -> NDArray[np.uint16]:
+    """The bf16 bits of a tensor of torch or an array of numpy.
+
+    Args:
+        array: float16, float32, float64 or bfloat16; a numpy array of dtype uint16 is bf16 bits already.
+
+    Returns:
+        uint16 of the same shape; a view where nothing had to be changed.
+
+    Raises:
+        TypeError: it has another dtype.
+    """
+    values = _as_numpy(array)
+    if values.dtype == np.uint16:
+        return values
+    if values.dtype == np.float64:
+        values = _to_odd_float32(values)
+    elif values.dtype == np.float16:
+        values = values.astype(np.float32)
+    if values.dtype != np.float32:
+        raise TypeError(
+            f"dtype is {values.dtype}; it must be float16, float32, float64, bfloat16 or bf16 bits as uint16"
+        )
+    return _round_float32(values)
+
+
+def from_bf16_bits(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """The values, exactly."""
+    wide: NDArray[np.uint32] = np.left_shift(bits, 16, dtype=np.uint32)
+    return wide.view(np.float32)
+
+
+def all_finite(bits: NDArray[np.uint16]) -> bool:
+    """Whether no value is infinite or NaN."""
+    return not bool(((bits & 0x7F80) == 0x7F80).any())
+
+
+def _as_numpy(array: Any) -> NDArray[Any]:
+    """The array itself, or a tensor's memory; bf16 of either library as uint16."""
+    if hasattr(array, "detach"):  # a tensor, so torch is in the process already; this module must not bring it
+        tensor = array.detach().cpu()
+        if str(tensor.dtype) == "torch.bfloat16":
+            import torch
+
+            return np.asarray(tensor.view(torch.int16).numpy()).view(np.uint16)
+        return np.asarray(tensor.numpy())
+    values = np.asarray(array)
+    return values.view(np.uint16) if values.dtype.name == "bfloat16" else values
+
+
+def _round_float32(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    bits: NDArray[np.uint32] = np.ascontiguousarray(values).view(np.uint32)
+    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    # The sum above would turn some NaNs into numbers.
+    nan = np.isnan(values)
+    return np.where(nan, np.uint16(0x7FC0), rounded) if nan.any() else rounded
+
+
+def _to_odd_float32(values: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Rounded to odd: towards zero, with the last bit set if anything was lost, so that the next rounding sees it."""
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        nearest = values.astype(np.float32)
+        inexact = np.isfinite(values) & (nearest != values)
+        beyond = inexact & (np.abs(nearest) > np.abs(values))
+    bits = np.ascontiguousarray(nearest).view(np.uint32)
+    odd: NDArray[np.uint32] = (bits - beyond) | inexact
+    return odd.view(np.float32)

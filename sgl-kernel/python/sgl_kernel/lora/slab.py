@@ -1,0 +1,173 @@
+"""Packing an adapter into its slab, and reading it back.
+
+Called by the trainer, or by a server that was given the factors themselves. Imports numpy, never torch; tensors of
+torch are taken all the same. Invariants: every byte of a slab is written, and equal modules in any order give equal
+bytes; after an error the slab is empty, not half of an adapter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sgl_kernel.lora.bf16 import all_finite, from_bf16_bits, to_bf16_bits
+from sgl_kernel.lora.layout import RANK_STEP, TABLE_ENTRY, LoraLayout, LoraSite, round_up
+
+_ENTRY = np.dtype([("rank", "<i4"), ("scale", "<f4")])
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class LoraModule:
+    """One slice of one site: y += scale * (x A^T) B^T.
+
+    Attributes:
+        layer, group, slice_index: where it belongs, as in `LoraLayout.site`.
+        scale: alpha / r, or alpha / sqrt(r) for rsLoRA; kept as float32.
+        a: [r, in_features]; b: [out_features, r]. Arrays or tensors of float16, float32, float64 or bfloat16, or bf16
+            bits as uint16.
+    """
+
+    layer: int
+    group: str
+    slice_index: int
+    scale: float
+    a: Any
+    b: Any
+
+    @property
+    def name(self) -> str:
+        """How errors call it."""
+        return f"layer {self.layer}, {self.group}[{self.slice_index}]"
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A checked module, as it will lie in the slab."""
+
+    site: LoraSite
+    slice_index: int
+    scale: np.float32
+    a: NDArray[np.uint16]
+    b: NDArray[np.uint16]
+
+
+def pack_slab(layout: LoraLayout, modules: Iterable[LoraModule], out: NDArray[np.uint8]) -> None:
+    """Fill a slab with an adapter.
+
+    Args:
+        modules: any subset of the layout's slices, each once, in any order; what is missing adds nothing.
+        out: uint8 [layout.slab_bytes], contiguous and writable, e.g. `pinned_slab(layout).numpy()`.
+
+    Raises:
+        ValueError: a module is given twice, or does not fit the layout, or has a value that is not finite in bf16; or
+            `out` does not fit. The message names the module.
+    """
+    if out.dtype != np.uint8 or out.shape != (layout.slab_bytes,) or not out.flags.c_contiguous:
+        raise ValueError(
+            f"out is {out.dtype} {list(out.shape)}; it must be contiguous uint8 [{layout.slab_bytes}] for this layout"
+        )
+    if not out.flags.writeable:
+        raise ValueError("out is read-only; give a writable buffer")
+    out.fill(0)
+    parts: dict[tuple[int, str, int], _Part] = {}
+    for module in modules:
+        key = (module.layer, module.group, module.slice_index)
+        if key in parts:
+            raise ValueError(f"{module.name} is given twice; give every module once")
+        parts[key] = _check(layout, module)
+    for part in parts.values():
+        _write(out, part)
+
+
+def unpack_slab(layout: LoraLayout, slab: NDArray[np.uint8]) -> list[LoraModule]:
+    """The modules of a slab in the layout's order, with float32 factors that are exactly the bf16 ones.
+
+    Args:
+        slab: uint8 [layout.slab_bytes].
+
+    Raises:
+        ValueError: the slab is not one of this layout.
+    """
+    if slab.dtype != np.uint8 or slab.shape != (layout.slab_bytes,):
+        raise ValueError(f"the slab is {slab.dtype} {list(slab.shape)}; this layout has uint8 [{layout.slab_bytes}]")
+    modules = []
+    for layer in range(layout.num_layers):
+        for group in layout.groups:
+            site = layout.site(layer, group.name)
+            for index in range(site.num_slices):
+                rank, scale = _entry(slab, site, index)[0].item()
+                if not 0 <= rank <= site.rank_cap:
+                    raise ValueError(
+                        f"layer {layer}, {group.name}[{index}] has rank {rank}, the layout allows {site.rank_cap}; "
+                        "the slab was packed for another layout"
+                    )
+                if rank:
+                    a = from_bf16_bits(_a_of(slab, site, index, rank))
+                    b = from_bf16_bits(_b_of(slab, site, index, rank))
+                    modules.append(LoraModule(layer, group.name, index, scale, a, b))
+    return modules
+
+
+def slab_digest(layout: LoraLayout, slab: NDArray[np.uint8]) -> str:
+    """SHA-256 of the layout and the bytes, hexadecimal: equal exactly when two adapters compute the same."""
+    digest = hashlib.sha256(layout.digest.encode())
+    digest.update(np.ascontiguousarray(slab).data)
+    return digest.hexdigest()
+
+
+def _check(layout: LoraLayout, module: LoraModule) -> _Part:
+    try:
+        site = layout.site(module.layer, module.group)
+        if not 0 <= module.slice_index < site.num_slices:
+            raise ValueError(f"there is no such slice; {module.group} has slices 0 to {site.num_slices - 1}")
+        a, b = to_bf16_bits(module.a), to_bf16_bits(module.b)
+        _check_shapes(site, module.slice_index, a.shape, b.shape, layout.max_rank)
+        if not (all_finite(a) and all_finite(b)):
+            raise ValueError(
+                "a factor has a value that is infinite or NaN, or too large for bf16; look at the training"
+            )
+        if not (math.isfinite(module.scale) and abs(module.scale) <= float(np.finfo(np.float32).max)):
+            raise ValueError(f"scale is {module.scale}; it must be a finite float32")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{module.name}: {error}") from error
+    return _Part(site, module.slice_index, np.float32(module.scale), a, b)
+
+
+def _check_shapes(site: LoraSite, index: int, a: tuple[int, ...], b: tuple[int, ...], max_rank: int) -> None:
+    rows = site.out_features[index]
+    if len(a) != 2 or a[1] != site.in_features:
+        raise ValueError(f"A has shape {list(a)}; it must be [rank, {site.in_features}]")
+    if len(b) != 2 or b[0] != rows or b[1] != a[0]:
+        raise ValueError(f"B has shape {list(b)}; it must be [{rows}, {a[0]}]")
+    if not 1 <= a[0] <= max_rank:
+        raise ValueError(f"rank is {a[0]}; this layout takes 1 to {max_rank}, so make it with a larger max_rank")
+
+
+def _write(out: NDArray[np.uint8], part: _Part) -> None:
+    rank = part.a.shape[0]
+    _a_of(out, part.site, part.slice_index, rank)[:] = part.a
+    _b_of(out, part.site, part.slice_index, rank)[:] = part.b
+    _entry(out, part.site, part.slice_index)[0] = (rank, part.scale)
+
+
+def _entry(slab: NDArray[np.uint8], site: LoraSite, index: int) -> NDArray[Any]:
+    start = site.table_offset + index * TABLE_ENTRY
+    return slab[start : start + TABLE_ENTRY].view(_ENTRY)
+
+
+def _a_of(slab: NDArray[np.uint8], site: LoraSite, index: int, rank: int) -> NDArray[np.uint16]:
+    """uint16 [rank, in_features], a view."""
+    start = site.a_start(index)
+    return slab[start : start + rank * site.in_features * 2].view(np.uint16).reshape(rank, site.in_features)
+
+
+def _b_of(slab: NDArray[np.uint8], site: LoraSite, index: int, rank: int) -> NDArray[np.uint16]:
+    """uint16 [out_features, rank], a view."""
+    start, rows, stride = site.b_offsets[index], site.out_features[index], round_up(rank, RANK_STEP)
+    return slab[start : start + rows * stride * 2].view(np.uint16).reshape(rows, stride)[:, :rank]
