@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from kernels.triton_cases import (
+from kernels.op_cases import (
     BF16,
     FP16,
     FP32,

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 FUNCTIONS = "fused_add_rmsnorm lora_expand_add lora_shrink qk_norm_rope rmsnorm silu_and_mul skinny_gemm"
 EXPORTS = {f"__tvm_ffi_{name}" for name in [*FUNCTIONS.split(), "preload", "target"]}
 
-VERSION = re.findall('"([^"]+)"', (PROJECT / "python/sgl_kernel/version.py").read_text())[-1]
+VERSION = (PROJECT / "python/sgl_kernel/version.py").read_text().split('__version__ = "')[1].split('"')[0]
 NEEDED = ("apache-tvm-ffi", "numpy", "typing-extensions")
 """What the wheel requires, and what that requires."""
 

@@ -7,8 +7,8 @@
 namespace sgl::host {
 namespace {
 
-// Into how many parts a sum over K is cut where `tiles` of rows leave multiprocessors idle. It depends on the matrix and the
-// device alone, so that a row's result does not depend on how many rows there are beside it.
+// Into how many parts a sum over K is cut where `tiles` of rows leave multiprocessors idle. It depends on the matrix, the
+// device and the kernel: rows beside a row change its bits only where their number chooses another kernel.
 int choose_splits(const driver::Device& device, int tiles, int in_features, int least) {
   int splits = 1;
   while (splits < device.max_cluster && 10 * tiles * splits < 9 * device.multiprocessors && in_features / (2 * splits) >= least)

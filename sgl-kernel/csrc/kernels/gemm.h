@@ -158,6 +158,7 @@ SGL_DEVICE void skinny_gemm_tile(const GemmArgs& args) {
   const int workers = grid_x() / args.num_splits - args.base_tiles;
   const int tiles = (args.site.num_slices * args.site.rank_cap + Gemm::kRows - 1) / Gemm::kRows;
   const int units = num_live_slots(args.batch) * tiles;
+  if (cluster - args.base_tiles >= units) return wait_for_previous_kernel();
   for (int unit = cluster - args.base_tiles; unit < units; unit += workers) {
     const int slot = args.batch.live[unit / tiles];
     shrink_tile<Gemm>(args.site, slot, unit % tiles * Gemm::kRows, args.x, args.x_stride, args.u, args.u_stride, args.tokens,

@@ -106,7 +106,7 @@ def qk_norm_rope(
     q = _rotate(q if q_weight is None else _normalise(q, q_weight, eps), cos, sin)
     k = _rotate(k if k_weight is None else _normalise(k, k_weight, eps), cos, sin)
     done = torch.cat([q, k, v], dim=1).to(qkv.dtype)
-    qkv[:rows] = done.view(rows, -1)
+    qkv[:rows] = done.view(rows, qkv.shape[1])
     if k_pool is not None and v_pool is not None and locs is not None:
         k_pool[locs[:rows]] = done[:, k_start:v_start]
         v_pool[locs[:rows]] = done[:, v_start:]
