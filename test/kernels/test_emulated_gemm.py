@@ -59,6 +59,7 @@ class Product:
         )
         u = self._add_adapters(args)
         units = min(self.num_slots, tokens) * -(-u.shape[1] // tile.rows)
+        args.max_units = base_tiles + units
         clusters = min(self.clusters, units + (base_tiles if tile.stream else 0))
         blocks = (clusters + (0 if tile.stream else base_tiles)) * self.splits
         self.gpu.launch(kernel, args, (blocks, 1), tile.threads, tile.shared, self.splits, self.seed)

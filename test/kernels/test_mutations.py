@@ -69,8 +69,8 @@ STREAM_MUTANTS = {
     ),
     "fetches into the stage that is read": Mutant(
         STREAM_GEMM,
-        "i < kStages - 1; ++i) {\n      if (busy && fe",
-        "i < kStages; ++i) {\n      if (busy && fe",
+        "i < kStages - 1; ++i) {\n      if (busy && work.exists(fe",
+        "i < kStages; ++i) {\n      if (busy && work.exists(fe",
         f"{RACE}|{ON_ITS_WAY}",
     ),
     "does not wait for the previous kernel": Mutant(STREAM_GEMM, "    wait_for_previous_kernel();\n", "", EARLY),
@@ -100,8 +100,8 @@ STREAM_MUTANTS = {
     ),
     "keeps the sums of the unit before": Mutant(
         STREAM_GEMM,
-        "    for (int unit = first; unit < units; unit += stride) {\n      Accumulator even = {}, odd = {};",
-        "    Accumulator even = {}, odd = {};\n    for (int unit = first; unit < units; unit += stride) {",
+        "    for (int unit = first; work.exists(unit); unit += stride) {\n      Accumulator even = {}, odd = {};",
+        "    Accumulator even = {}, odd = {};\n    for (int unit = first; work.exists(unit); unit += stride) {",
         NUMBERS,
     ),
     "wrong step along the sum": Mutant(
@@ -169,10 +169,17 @@ STREAM_MUTANTS = {
         ("cuda",),
     ),
     "every cluster takes every unit": Mutant(
-        GEMM, "GemmWork::units(args), grid_x() / args.num_splits", "GemmWork::units(args), 1", "race"
+        GEMM,
+        "GemmWork{args}, block_x() / args.num_splits, grid_x() / args.num_splits",
+        "GemmWork{args}, block_x() / args.num_splits, 1",
+        "race",
     ),
     "the blocks of a cluster take units of their own": Mutant(
-        GEMM, "block_x() / args.num_splits, GemmWork", "block_x(), GemmWork", f"{NUMBERS}|race|{STUCK}", ("cuda",)
+        GEMM,
+        "GemmWork{args}, block_x() / args.num_splits",
+        "GemmWork{args}, block_x()",
+        f"{NUMBERS}|race|{STUCK}",
+        ("cuda",),
     ),
     "no mask of weight rows": Mutant(
         GEMM,

@@ -64,6 +64,7 @@ void skinny_gemm(TensorView x, TensorView weight, TensorView y, ffi::Optional<Te
     const BatchShape capacity(shape);
     units = smaller(capacity.num_slots, tokens) * ceil_div(args.site.num_slices * args.site.rank_cap, tiling.rows);
   }
+  args.max_units = args.base_tiles + units;
   const int room = larger(1, 2 * device.multiprocessors / args.num_splits);  // two blocks fit a multiprocessor
   const bool stream = tiling.rows == kStreamRows;
   const int clusters = stream ? smaller(args.base_tiles + units, room) : args.base_tiles + smaller(units, room);

@@ -37,13 +37,14 @@ struct AUnit {
 struct GemmWork {
   const GemmArgs& args;
 
-  SGL_DEVICE int units_of_slot(const GemmArgs& args) { return (args.site.num_slices * args.site.rank_cap + 15) / 16; }
-  SGL_DEVICE int units(const GemmArgs& args) {
-    const int slots = args.batch.header == nullptr ? 0 : num_live_slots(args.batch);
-    return args.base_tiles + slots * units_of_slot(args);
+  __device__ __forceinline__ int units_of_slot() const { return (args.site.num_slices * args.site.rank_cap + 15) / 16; }
+  // How many slots are live is asked for only where it matters: no block waits for it before its first weights.
+  __device__ __forceinline__ bool exists(int unit) const {
+    if (unit < args.base_tiles) return true;
+    return unit < args.max_units && unit < args.base_tiles + num_live_slots(args.batch) * units_of_slot();
   }
   __device__ __forceinline__ AUnit a_unit(int unit) const {
-    const int index = unit - args.base_tiles, each = units_of_slot(args), slot = args.batch.live[index / each];
+    const int index = unit - args.base_tiles, each = units_of_slot(), slot = args.batch.live[index / each];
     return {slot, index % each * 16, ARows::of(args.site, slot)};
   }
   __device__ __forceinline__ const bf16* row(int unit, int r) const {
@@ -71,7 +72,7 @@ template <class Stream>
 SGL_DEVICE void skinny_gemm_stream(const GemmArgs& args) {
   let_next_kernel_start();
   const Range k = part_of(args.in_features, cluster_rank(), cluster_size());
-  Stream::run(GemmWork{args}, block_x() / args.num_splits, GemmWork::units(args), grid_x() / args.num_splits, k.begin, k.end);
+  Stream::run(GemmWork{args}, block_x() / args.num_splits, grid_x() / args.num_splits, k.begin, k.end);
 }
 
 // Units of A's rows for one tile of at most sixteen tokens of one slot each.
@@ -80,6 +81,7 @@ struct ShrinkWork {
   Tile tile;
   ARows a;
 
+  __device__ __forceinline__ bool exists(int unit) const { return unit * 16 < count(a); }
   __device__ __forceinline__ AUnit a_unit(int unit) const { return {tile.slot, unit * 16, a}; }
   __device__ __forceinline__ const bf16* row(int unit, int r) const { return a_unit(unit).row(args.site, r); }
   __device__ __forceinline__ int token_row(int t) const { return args.batch.perm[tile.start + t]; }
@@ -100,8 +102,7 @@ SGL_DEVICE void lora_shrink_stream(const ShrinkArgs& args) {
   const Tile tile = read_tile(args.batch, block_y());
   const ARows a = ARows::of(args.site, tile.slot);
   const Range k = part_of(args.site.in_features, cluster_rank(), cluster_size());
-  Stream::run(ShrinkWork{args, tile, a}, block_x() / args.num_splits, (count(a) + 15) / 16, grid_x() / args.num_splits,
-              k.begin, k.end);
+  Stream::run(ShrinkWork{args, tile, a}, block_x() / args.num_splits, grid_x() / args.num_splits, k.begin, k.end);
 }
 
 // ---- more tokens: blocks of 64 or 128 rows -------------------------------------------------------------------------

@@ -50,7 +50,8 @@ struct GemmArgs {
   int64_t x_stride, weight_stride, y_stride;
   int32_t tokens, in_features, out_features;
   int32_t num_splits;  // blocks of a cluster, each with its part of K
-  int32_t base_tiles;  // clusters of y; those after them work on u
+  int32_t base_tiles;  // tiles of y's columns; what comes after them is u's
+  int32_t max_units;   // with those of u for as many live slots as there may be
   LoraSite site;
   LoraBatch batch;
   uint16_t* u;

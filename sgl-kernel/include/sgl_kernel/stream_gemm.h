@@ -41,11 +41,11 @@ struct StreamGemm {
     }
   };
 
-  // Compute the units first, first + stride, ... below `units`, over k_begin <= k < k_end. `Work` says what they are:
-  // row(unit, r) and token(unit, t), the start of a row of K or null for zeros; tokens(unit), how many there are;
+  // Compute the units first, first + stride, ... as long as work.exists(unit), over k_begin <= k < k_end. `Work` says
+  // what they are: row(unit, r) and token(unit, t), the start of a row of K or null for zeros; tokens(unit), how many there are;
   // store(unit, row, token, low, high), which takes the sums of `row` and `row + 1`, both of which may be rows for which row() is null.
   template <class Work>
-  SGL_DEVICE void run(const Work& work, int first, int units, int stride, int k_begin, int k_end) {
+  SGL_DEVICE void run(const Work& work, int first, int stride, int k_begin, int k_end) {
     uint8_t* const shared = shared_memory();
     const int warp = warp_id(), chunk = lane_id() % 8, loader = lane_id() / 8;
     uint8_t* const ring = shared + warp * kStages * kStageBytes;
@@ -77,7 +77,7 @@ struct StreamGemm {
 
     Cursor fetched{first, 0, 0};
     for (int i = 0; i < kStages - 1; ++i) {
-      if (busy && fetched.unit < units) {
+      if (busy && work.exists(fetched.unit)) {
         copy_rows(fetched);
         fetched.advance(slices, stride);
       }
@@ -86,19 +86,19 @@ struct StreamGemm {
     wait_for_previous_kernel();
     Cursor followed{first, 0, 0};
     for (int i = 0; i < kStages - 1; ++i) {
-      if (busy && followed.unit < units) {
+      if (busy && work.exists(followed.unit)) {
         copy_tokens(followed);
         followed.advance(slices, stride);
       }
       async_commit();
     }
     int stage = 0;
-    for (int unit = first; unit < units; unit += stride) {
+    for (int unit = first; work.exists(unit); unit += stride) {
       Accumulator even = {}, odd = {};
       for (int slice = 0; slice < slices; ++slice) {
         async_wait<kStages - 2>();
         warp_barrier();
-        if (fetched.unit < units) {
+        if (work.exists(fetched.unit)) {
           copy_rows(fetched);
           copy_tokens(fetched);
           fetched.advance(slices, stride);
@@ -124,8 +124,7 @@ struct StreamGemm {
     SGL_UNROLL
     for (int step = 0; step < kDepth / 16; ++step) {
       // With eight tokens the other eight are never multiplied: any address will do.
-      b[step] = load_fragment(
-          [&](int row, int half) { return token_rows + swizzle(row % kTokens, step * 2 + half); });
+      b[step] = load_fragment([&](int row, int half) { return token_rows + swizzle(row % kTokens, step * 2 + half); });
       a[step] = load_fragment([&](int row, int half) { return stage + swizzle(row, step * 2 + half); });
     }
     SGL_UNROLL

@@ -1,0 +1,217 @@
+"""What adapters add to a step: all projections and the kernels between them, captured, with and without adapters.
+
+    python benchmark/kernels/lora_step.py --model qwen3-1.7b --ranks 8 16 64 --out lora.jsonl
+
+A step is, for every layer, qkv, norm of heads + rotation + KV write, o, add + norm, gate_up, SwiGLU, down, add + norm; there is no attention.
+Every layer has its own weights and adapters, so that none is found in the L2 cache. Where the product is ours, rows of A are
+in its list of tiles; beside cuBLAS they are multiplied by `lora_shrink` on a branch. B is added by the kernel that reads
+the product anyway. `bytes` is the least that adapters add: A and B of every live adapter, once; `floor` its time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sgl_kernel import _binding
+from sgl_kernel.lora.batch import BatchShape, build_batch
+from sgl_kernel.lora.layout import LoraGroup, LoraLayout
+from sgl_kernel.types import LoraBatch, LoraDelta, LoraSlabs
+
+BANDWIDTH = 4.3e12
+"""Bytes a second that an H200 copies at (measured)."""
+HEAD_DIM = 128
+MAX_OURS = 16
+"""Token rows up to which our product is faster than cuBLAS."""
+PROMPT = 8192
+
+
+@dataclass(frozen=True)
+class Model:
+    """Shape of a decoder."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    mlp: int
+
+    def groups(self) -> list[LoraGroup]:
+        """The matrices that adapters add to."""
+        q, kv = self.heads * HEAD_DIM, self.kv_heads * HEAD_DIM
+        return [
+            LoraGroup("qkv", self.hidden, (q, kv, kv)),
+            LoraGroup("o", q, (self.hidden,)),
+            LoraGroup("gate_up", self.hidden, (self.mlp, self.mlp)),
+            LoraGroup("down", self.mlp, (self.hidden,)),
+        ]
+
+
+MODELS = {
+    "qwen3-1.7b": Model(28, 2048, 16, 8, 6144),
+    "qwen3-8b": Model(36, 4096, 32, 8, 12288),
+}
+
+
+def random(*shape: int, scale: float = 1.0) -> Tensor:
+    """bfloat16 on the GPU."""
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16) * scale
+
+
+class Adapters:
+    """Slabs with every module of the same rank, and the batch of one step."""
+
+    def __init__(self, model: Model, rank: int, count: int, tokens: int) -> None:
+        self.layout = LoraLayout(model.groups(), model.layers, rank)
+        self.slabs = LoraSlabs.allocate(self.layout, count, "cuda")
+        self.slabs.data.view(torch.bfloat16).normal_(std=0.02)
+        table = np.zeros(self.layout.table_bytes // 4, np.int32)
+        table[0::2], table[1::2] = rank, np.float32(1).view(np.int32)
+        self.slabs.data[:, : self.layout.table_bytes] = torch.from_numpy(table.view(np.uint8)).cuda()
+        shape = BatchShape(tokens, count, 16 if tokens <= 256 else 64)
+        slots = np.sort(np.arange(tokens, dtype=np.int32) % count)
+        self.batch = LoraBatch.to_device(build_batch(slots, shape), shape, "cuda")
+        self.live = min(count, tokens)
+
+    @property
+    def bytes(self) -> int:
+        """Of A and B of the live adapters."""
+        return self.live * (self.layout.slab_bytes - self.layout.table_bytes)
+
+
+class Step:
+    """The tensors of a step and the functions that enqueue it."""
+
+    def __init__(self, model: Model, tokens: int, weights: list[dict[str, Tensor]]) -> None:
+        self.model, self.tokens, self.weights = model, tokens, weights
+        width = {group.name: sum(group.out_features) for group in model.groups()}
+        self.out = {name: random(tokens, size) for name, size in width.items()}
+        self.x, self.residual = random(tokens, model.hidden), random(tokens, model.hidden)
+        self.attended, self.act = random(tokens, model.heads * HEAD_DIM), random(tokens, model.mlp)
+        self.norm, self.head_norm = random(model.hidden), random(HEAD_DIM)
+        self.cos_sin = torch.rand(tokens, HEAD_DIM, device="cuda")
+        self.positions = torch.arange(tokens, device="cuda")
+        self.pool = random(2, tokens, model.kv_heads, HEAD_DIM)
+        self.side = torch.cuda.Stream()
+        ops = _binding.native_for(self.x)
+        assert ops is not None, "no binary for this GPU"
+        self.ops = ops
+
+    def project(self, name: str, x: Tensor, layer: int, adapters: Adapters | None) -> LoraDelta | None:
+        """One product; the low-rank term that is still to be added."""
+        weight, y = self.weights[layer][name], self.out[name]
+        if adapters is None:
+            if self.tokens <= MAX_OURS:
+                self.ops.skinny_gemm(x, weight, y)
+            else:
+                torch.mm(x, weight.t(), out=y)
+            return None
+        site = adapters.layout.site(layer, name)
+        u = torch.empty(self.tokens, site.u_width, device="cuda", dtype=torch.bfloat16)
+        lora = (adapters.slabs, site, adapters.batch)
+        if self.tokens <= MAX_OURS:
+            self.ops.skinny_gemm(x, weight, y, (*lora, u))
+        else:
+            main = torch.cuda.current_stream()
+            self.side.wait_stream(main)
+            with torch.cuda.stream(self.side):
+                self.ops.lora_shrink(x, *lora, u)
+            torch.mm(x, weight.t(), out=y)
+            main.wait_stream(self.side)
+        return LoraDelta(u, adapters.slabs, site, adapters.batch)
+
+    def run(self, adapters: Adapters | None) -> None:
+        """Enqueue a step."""
+        model, ops, out = self.model, self.ops, self.out
+        heads = (model.heads, model.kv_heads, HEAD_DIM)
+        for layer in range(model.layers):
+            delta = self.project("qkv", self.x, layer, adapters)
+            norms = (self.head_norm, self.head_norm, 1e-6)
+            pools = (self.pool[0], self.pool[1], self.positions)
+            ops.qk_norm_rope(out["qkv"], *heads, *norms, self.cos_sin, self.positions, None, *pools, delta)
+            delta = self.project("o", self.attended, layer, adapters)
+            ops.fused_add_rmsnorm(out["o"], self.residual, self.norm, 1e-6, delta)
+            delta = self.project("gate_up", out["o"], layer, adapters)
+            ops.silu_and_mul(out["gate_up"], self.act, delta)
+            delta = self.project("down", self.act, layer, adapters)
+            ops.fused_add_rmsnorm(out["down"], self.residual, self.norm, 1e-6, delta)
+
+
+def graph_us(run: Callable[[], None], repeats: int) -> float:
+    """Median time of a replay of `run`, captured with early launches."""
+    with _binding.programmatic_launch():
+        run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+    times = []
+    for i in range(repeats + 3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if i >= 3:
+            times.append(start.elapsed_time(end))
+    return statistics.median(times) * 1e3
+
+
+def cases(batches: list[int], ranks: list[int], counts: list[int]) -> Iterator[tuple[int, int, int]]:
+    """(token rows, rank, adapters); more adapters than rows are left out."""
+    for tokens in batches:
+        for rank in ranks:
+            for count in counts:
+                if count <= tokens:
+                    yield tokens, rank, count
+
+
+def main() -> None:
+    """Measure as the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, default="qwen3-1.7b")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64, 256, PROMPT])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 64])
+    parser.add_argument("--adapters", type=int, nargs="+", default=[1, 4, 64])
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    model = MODELS[args.model]
+    weights = [
+        {group.name: random(sum(group.out_features), group.in_features, scale=0.02) for group in model.groups()}
+        for _ in range(model.layers)
+    ]
+    print(f"{args.model}; {torch.cuda.get_device_name()}, torch {torch.__version__}")
+    print("tokens rank adapters | base us | with adapters us |  added us     %  | floor us")
+    bases: dict[int, tuple[Step, float]] = {}
+    for tokens, rank, count in cases(args.batches, args.ranks, args.adapters):
+        if tokens not in bases:
+            step = Step(model, tokens, weights)
+            bases[tokens] = (step, graph_us(lambda step=step: step.run(None), args.repeats))
+        step, base = bases[tokens]
+        adapters = Adapters(model, rank, count, tokens)
+        full = graph_us(lambda step=step, adapters=adapters: step.run(adapters), args.repeats)
+        floor = adapters.bytes / BANDWIDTH * 1e6
+        added = full - base
+        print(
+            f"{tokens:6d} {rank:4d} {count:8d} | {base:7.1f} | {full:16.1f} | {added:9.1f} {added / base:6.1%} | {floor:8.1f}",
+            flush=True,
+        )
+        if args.out:
+            row = {"model": args.model, "tokens": tokens, "rank": rank, "adapters": count}
+            row |= {"base_us": base, "lora_us": full, "bytes": adapters.bytes, "floor_us": floor}
+            with contextlib.closing(args.out.open("a")) as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
