@@ -93,9 +93,8 @@ def main() -> None:
     args = parser.parse_args()
     weights = matrices(args.model, args.layers)
     size = sum(w.nbytes for w in weights)
-    print(
-        f"{args.model}: {size / 1e9:.2f} GB, {size / BANDWIDTH * 1e3:.3f} ms; {torch.cuda.get_device_name()}, torch {torch.__version__}"
-    )
+    where = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    print(f"{args.model}: {size / 1e9:.2f} GB, {size / BANDWIDTH * 1e3:.3f} ms; {where}")
     for tokens in args.tokens:
         for name, run in systems(weights, tokens, args.splits):
             ms = graph_ms(run, args.repeats)

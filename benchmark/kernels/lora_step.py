@@ -2,10 +2,11 @@
 
     python benchmark/kernels/lora_step.py --model qwen3-1.7b --ranks 8 16 64 --out lora.jsonl
 
-A step is, for every layer, qkv, norm of heads + rotation + KV write, o, add + norm, gate_up, SwiGLU, down, add + norm; there is no attention.
-Every layer has its own weights and adapters, so that none is found in the L2 cache. Where the product is ours, rows of A are
-in its list of tiles; beside cuBLAS they are multiplied by `lora_shrink` on a branch. B is added by the kernel that reads
-the product anyway. `bytes` is the least that adapters add: A and B of every live adapter, once; `floor` its time.
+A step is, for every layer, qkv, norm of heads + rotation + KV write, o, add + norm, gate_up, SwiGLU, down, add + norm;
+there is no attention. Every layer has its own weights and adapters, so that none is found in the L2 cache. Where the
+product is ours, rows of A are in its tile list; beside cuBLAS they are multiplied by `lora_shrink` on a branch. B is
+added by the kernel that reads the product anyway. `bytes` is the least that adapters add: A and B of live adapters,
+once; `floor` its time.
 """
 
 from __future__ import annotations
@@ -202,10 +203,8 @@ def main() -> None:
         full = graph_us(lambda step=step, adapters=adapters: step.run(adapters), args.repeats)
         floor = adapters.bytes / BANDWIDTH * 1e6
         added = full - base
-        print(
-            f"{tokens:6d} {rank:4d} {count:8d} | {base:7.1f} | {full:16.1f} | {added:9.1f} {added / base:6.1%} | {floor:8.1f}",
-            flush=True,
-        )
+        head = f"{tokens:6d} {rank:4d} {count:8d} | {base:7.1f} | {full:16.1f}"
+        print(f"{head} | {added:9.1f} {added / base:6.1%} | {floor:8.1f}", flush=True)
         if args.out:
             row = {"model": args.model, "tokens": tokens, "rank": rank, "adapters": count}
             row |= {"base_us": base, "lora_us": full, "bytes": adapters.bytes, "floor_us": floor}

@@ -20,6 +20,7 @@ from kernels.op_cases import (
     check_silu,
     make_lora,
 )
+
 from sgl_kernel import _binding
 from sgl_kernel.lora.batch import build_batch
 

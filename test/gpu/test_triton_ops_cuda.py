@@ -22,6 +22,7 @@ from kernels.op_cases import (
     check_silu,
     make_lora,
 )
+
 from sgl_kernel.lora.batch import build_batch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from sgl_kernel import reference
 from sgl_kernel.lora.batch import BatchShape, build_batch
 from sgl_kernel.lora.layout import LoraGroup, LoraLayout, LoraSite
 from sgl_kernel.types import LoraBatch, LoraDelta, LoraSlabs
-from torch import Tensor
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 HALF_ULP = {BF16: 2.0**-8, FP16: 2.0**-11, FP32: 2.0**-24}

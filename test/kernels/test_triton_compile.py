@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from sgl_kernel.lora.batch import BatchShape
 from sgl_kernel.lora.layout import LoraGroup, LoraLayout, LoraSite
 from sgl_kernel.types import LoraBatch, LoraDelta, LoraSlabs
-from torch import Tensor
 
 pytestmark = pytest.mark.slow
 

@@ -127,7 +127,7 @@ print(json.dumps({
 }))
 """
 ERRORS = {
-    "cpu": "this build of sgl-kernel holds no GPU code: install its +cu or +rocm wheel",
+    "cpu": r"this build of sgl-kernel holds no GPU code: install its \+cu or \+rocm wheel",
     "cuda": r"no NVIDIA driver: libcuda\.so\.1 could not be loaded \(.+\)",
     "rocm": r"no ROCm runtime: libamdhip64\.so could not be loaded; install ROCm or a ROCm build of torch",
 }

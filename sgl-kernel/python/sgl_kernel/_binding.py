@@ -136,6 +136,7 @@ class Native:
         splits: int = 0,
     ) -> Tensor:
         """See reference; `splits` parts of K instead of the chosen number."""
+        extra: tuple[Any, ...]
         if shrink is None:
             extra = (None, _shape(_NO_SITE), None, _shape(_NO_SHAPE), None)
         else:

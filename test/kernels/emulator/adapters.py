@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+
 from sgl_kernel.lora.batch import HEADER_WORDS, LIVE_SLOTS, TILES, BatchShape, build_batch
 from sgl_kernel.lora.layout import LoraGroup, LoraLayout
 

@@ -6,8 +6,10 @@ addresses; nothing reads them.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -125,6 +127,7 @@ def mock_library(target: str, include: str = "", without: Sequence[str] = (), na
     """The mock driver of a target, in a folder of its own; functions may be missing, and its file name be another."""
     source, usual = DRIVERS[target]
     folder = Path(tempfile.mkdtemp(prefix="sgl-kernel-mock-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = folder / (name or usual)
     flags = ["-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-fvisibility=hidden", "-pthread"]
     renamed = [f"-D{function}=missing_{function}" for function in without]

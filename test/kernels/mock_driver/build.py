@@ -48,9 +48,17 @@ class Build:
         raise KeyError(variable)
 
 
-@lru_cache
 def build(target: str) -> Build:
     """The wheel of a target by a user's command, with what is installed here. Skips where a tool is missing."""
+    built = _build(target)
+    if isinstance(built, str):
+        pytest.fail(f"the build for {target} failed:\n{built}", pytrace=False)
+    return built
+
+
+@lru_cache
+def _build(target: str) -> Build | str:
+    """The build, or what was printed by one that failed, so that it is tried once a session."""
     for module in ("scikit_build_core", "tvm_ffi"):
         if not importlib.util.find_spec(module):
             pytest.skip(f"{module} is not installed; `make venv` installs it")
@@ -62,8 +70,8 @@ def build(target: str) -> Build:
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         dist = folder / f"dist-{python}"
-        if not dist.exists():
-            _pip_wheel(target, folder, dist)
+        if not dist.exists() and (text := _pip_wheel(target, folder, dist)):
+            return text
     (wheel,) = dist.glob("*.whl")
     return Build(target, folder, wheel, dist / "sgl_kernel/_sgl_kernel.so")
 
@@ -76,7 +84,8 @@ def compiler(vendor: str) -> str:
         pytest.skip(str(error))
 
 
-def _pip_wheel(target: str, folder: Path, dist: Path) -> None:
+def _pip_wheel(target: str, folder: Path, dist: Path) -> str:
+    """Fill `dist`; what pip printed, if it failed."""
     command = [sys.executable, "-m", "pip", "wheel", str(PROJECT), "--no-deps", "--no-index", "--no-build-isolation"]
     env = os.environ | {"SGL_KERNEL_TARGET": target, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     with tempfile.TemporaryDirectory(dir=folder) as made:
@@ -84,11 +93,13 @@ def _pip_wheel(target: str, folder: Path, dist: Path) -> None:
         done = subprocess.run(
             [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
         )
-        assert done.returncode == 0, done.stdout
+        if done.returncode:
+            return done.stdout
         (wheel,) = Path(made).glob("*.whl")
         zipfile.ZipFile(wheel).extract("sgl_kernel/_sgl_kernel.so", made)
         Path(made).rename(dist)
         Path(made).mkdir()
+    return ""
 
 
 def _native_files() -> list[Path]:
