@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sgl_kernel import _binding
 from sgl_kernel.lora.batch import BatchShape, build_batch
-from sgl_kernel.lora.layout import LoraGroup, LoraLayout
+from sgl_kernel.lora.layout import HEADER_BYTES, RANK_STEP, LoraGroup, LoraLayout, round_up
 from sgl_kernel.types import LoraBatch, LoraDelta, LoraSlabs
 
 BANDWIDTH = 4.3e12
@@ -75,18 +75,30 @@ class Adapters:
         self.layout = LoraLayout(model.groups(), model.layers, rank)
         self.slabs = LoraSlabs.allocate(self.layout, count, "cuda")
         self.slabs.data.view(torch.bfloat16).normal_(std=0.02)
-        table = np.zeros(self.layout.table_bytes // 4, np.int32)
-        table[0::2], table[1::2] = rank, np.float32(1).view(np.int32)
-        self.slabs.data[:, : self.layout.table_bytes] = torch.from_numpy(table.view(np.uint8)).cuda()
+        head = np.zeros((HEADER_BYTES + self.layout.table_bytes) // 4, np.int32)
+        table = head[HEADER_BYTES // 4 :]
+        head[0], table[0::2], table[1::2] = rank, rank, np.float32(1).view(np.int32)
+        self.slabs.data[:, : head.nbytes] = torch.from_numpy(head.view(np.uint8)).cuda()
+        self.slabs.ranks[:] = rank
+        self._clear_padding(model, rank)
         shape = BatchShape(tokens, count, 16 if tokens <= 256 else 64)
         slots = np.sort(np.arange(tokens, dtype=np.int32) % count)
-        self.batch = LoraBatch.to_device(build_batch(slots, shape), shape, "cuda")
+        self.batch = LoraBatch.to_device(build_batch(slots, self.slabs.ranks, shape), shape, "cuda")
         self.live = min(count, tokens)
+
+    def _clear_padding(self, model: Model, rank: int) -> None:
+        """Columns of B behind the rank are zeros."""
+        stride = round_up(rank, RANK_STEP)
+        for layer in range(model.layers if rank < stride else 0):
+            for group in model.groups():
+                for start, rows in zip(self.layout.site(layer, group.name).b_offsets, group.out_features, strict=True):
+                    b = self.slabs.data[:, start : start + rows * stride * 2].view(torch.bfloat16)
+                    b.unflatten(1, (rows, stride))[:, :, rank:] = 0
 
     @property
     def bytes(self) -> int:
         """Of A and B of the live adapters."""
-        return self.live * (self.layout.slab_bytes - self.layout.table_bytes)
+        return self.live * (self.layout.slab_bytes - self.layout.table_bytes - HEADER_BYTES)
 
 
 class Step:

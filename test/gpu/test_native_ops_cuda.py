@@ -141,7 +141,7 @@ def test_a_captured_graph_replays_from_one_adapter_to_sixty_four(ops: Any) -> No
         ops.lora_expand_add(out, lora.delta(u))
 
     one = np.zeros(rows, np.int32)
-    lora.batch.update(build_batch(one, lora.batch.shape))
+    lora.batch.update(build_batch(one, lora.ranks, lora.batch.shape))
     step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -149,7 +149,7 @@ def test_a_captured_graph_replays_from_one_adapter_to_sixty_four(ops: Any) -> No
     for live in (1, 2, 3, 17, 64, 64, 1):
         slots = np.arange(rows, dtype=np.int32) % live
         slots[5] = -1
-        lora.batch.update(build_batch(slots, lora.batch.shape))
+        lora.batch.update(build_batch(slots, lora.ranks, lora.batch.shape))
         graph.replay()
         replayed = out.clone()
         step()

@@ -115,7 +115,7 @@ def test_a_captured_graph_replays_with_any_batch(ops: ModuleType) -> None:
     with torch.cuda.graph(graph):
         step()
     for kind in SLOTS:
-        lora.batch.update(build_batch(np.array(SLOTS[kind], np.int32), lora.batch.shape))
+        lora.batch.update(build_batch(np.array(SLOTS[kind], np.int32), lora.ranks, lora.batch.shape))
         graph.replay()
         replayed = out.clone()
         step()

@@ -16,6 +16,7 @@ from sgl_kernel.lora.layout import LoraGroup, LoraLayout, LoraSite
 from sgl_kernel.lora.slab import LoraModule, pack_slab
 from sgl_kernel.types import LoraBatch, LoraDelta, LoraSlabs
 
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 Factors = tuple[float, NDArray[np.float64], NDArray[np.float64]]
 
 
@@ -23,7 +24,8 @@ Factors = tuple[float, NDArray[np.float64], NDArray[np.float64]]
 class Case:
     """One site, its adapters on the CPU, and the same adapters as plain float64 numbers.
 
-    factors: (slot, slice) -> scale as float32, A and B as bf16, widened; missing where the adapter has none.
+    factors: (slot, slice) -> scale as float32, A and B as the layout's dtype, widened; missing where the adapter has
+        none.
     """
 
     slabs: LoraSlabs
@@ -75,10 +77,11 @@ def make_case(
     max_tokens: int | None = None,
     tile_tokens: int = 16,
     seed: int = 0,
+    dtype: str = "bfloat16",
 ) -> Case:
-    """Adapters of the second layer's site; ranks[slot][slice], 0 for a missing one."""
+    """Adapters of the second layer's site; ranks[slot][slice], 0 for a missing one; `dtype` of the slabs."""
     rng = np.random.default_rng(seed)
-    layout = LoraLayout([LoraGroup("g", inputs, outputs)], 2, max(max(map(max, ranks)), 1))
+    layout = LoraLayout([LoraGroup("g", inputs, outputs)], 2, max(max(map(max, ranks)), 1), dtype)
     data = torch.empty(len(ranks), layout.slab_bytes, dtype=torch.uint8)
     factors: dict[tuple[int, int], Factors] = {}
     for slot, own in enumerate(ranks):
@@ -87,14 +90,16 @@ def make_case(
             if rank:
                 a, b = rng.normal(size=(rank, inputs)), rng.normal(size=(outputs[index], rank))
                 scale = float(np.float32(rng.uniform(0.1, 2)))
-                a, b = (torch.tensor(v).bfloat16() for v in (a, b))
+                a, b = (torch.tensor(v).to(DTYPES[dtype]) for v in (a, b))
                 modules.append(LoraModule(1, "g", index, scale, a, b))
                 factors[slot, index] = (scale, a.double().numpy(), b.double().numpy())
         data[slot] = torch.from_numpy(_poisoned(layout, modules))
     shape = BatchShape(max_tokens or max(len(token_slots), 1), len(ranks), tile_tokens)
-    words = build_batch(np.array(token_slots, np.int32), shape)
+    slabs = LoraSlabs(data, layout)
+    assert slabs.ranks.tolist() == [max(own) for own in ranks]
+    words = build_batch(np.array(token_slots, np.int32), slabs.ranks, shape)
     return Case(
-        LoraSlabs(data, layout),
+        slabs,
         layout.site(1, "g"),
         LoraBatch.to_device(words, shape, "cpu"),
         list(token_slots),
@@ -103,15 +108,18 @@ def make_case(
 
 
 def _poisoned(layout: LoraLayout, modules: list[LoraModule]) -> NDArray[np.uint8]:
-    """The slab of these modules with NaN in all padding."""
+    """The slab of these modules with NaN wherever nothing is said to be."""
     slab = np.zeros(layout.slab_bytes, np.uint8)
-    used = np.zeros_like(slab)
     pack_slab(layout, modules, slab)
-    # Both bytes of a bf16 one differ from 0.
-    ones = [LoraModule(m.layer, m.group, m.slice_index, 1, m.a * 0 + 1, m.b * 0 + 1) for m in modules]
-    pack_slab(layout, ones, used)
-    used[: layout.table_bytes] = 1
-    slab[used == 0] = 0xFF
+    used = np.zeros(layout.slab_bytes, np.bool_)
+    used[: 16 + layout.table_bytes] = True
+    stride = -(-max((len(m.a) for m in modules), default=0) // 8) * 8
+    for m in modules:
+        site = layout.site(m.layer, m.group)
+        a, b = site.a_start(m.slice_index), site.b_offsets[m.slice_index]
+        used[a : a + len(m.a) * site.in_features * layout.item_bytes] = True
+        used[b : b + len(m.b) * stride * layout.item_bytes] = True
+    slab[~used] = 0xFF
     return slab
 
 

@@ -56,6 +56,11 @@ class Lora:
     """(slot, slice): scale, A [r, K], B [out, r] in float64."""
 
     @property
+    def ranks(self) -> np.ndarray:
+        """Of the adapters, by slot: what `build_batch` takes."""
+        return self.slabs.ranks
+
+    @property
     def tokens(self) -> int:
         return len(self.token_slots)
 
@@ -93,13 +98,21 @@ class Lora:
         )
 
     def covered(self) -> Tensor:
-        """bool [rows, u_width]: what shrink writes."""
+        """bool [rows, u_width]: what shrink must write."""
         covered = torch.zeros(self.rows, self.site.u_width, dtype=torch.bool)
         for row, slot in enumerate(self.token_slots):
             for (owner, index), (_, a, _) in self.modules.items():
                 start = index * self.site.rank_cap
                 covered[row, start : start + len(a)] |= owner == slot
         return covered
+
+    def unspecified(self) -> Tensor:
+        """bool [rows, u_width]: where shrink may write anything: from the module's rank up to the adapter's."""
+        reach = torch.zeros(self.rows, self.site.num_slices, self.site.rank_cap, dtype=torch.bool)
+        for row, slot in enumerate(self.token_slots):
+            if slot >= 0:
+                reach[row, :, : self.ranks[slot]] = True
+        return reach.view(self.rows, -1) & ~self.covered()
 
     def shrunk(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """u and the sums of magnitudes, float64 [rows, u_width], 0 where nothing is written."""
@@ -146,30 +159,36 @@ def make_lora(
     layout = LoraLayout([LoraGroup("g", in_features, out_features)], 2, max_rank)
     site, num_slots = layout.site(1, "g"), len(ranks) + 1
     data = torch.empty(num_slots, slab_bytes or layout.slab_bytes, dtype=torch.uint8, device=device)
-    slabs, modules = LoraSlabs(data, None), {}
+    modules: dict[Any, Any] = {}
+    own = [slot[: site.num_slices] for slot in ranks]
     for slot in range(num_slots):
         slab = torch.full((layout.slab_bytes,), 0xFF, dtype=torch.uint8)  # NaN as bf16 and as float32
-        for index, rank in enumerate(ranks[slot][: site.num_slices] if slot < len(ranks) else ()):
-            modules |= _put(slab, site, slot, index, rank)
+        if slot < len(own):
+            slab[:16] = 0
+            slab[:4].view(torch.int32).fill_(max(own[slot]))
+            for index, rank in enumerate(own[slot]):
+                modules |= _put(slab, site, slot, index, rank, max(own[slot]))
         data[slot, : layout.slab_bytes] = slab.to(device)
+    slabs = LoraSlabs(data, None, np.array([*map(max, own), 0], np.int32))
     shape = BatchShape(len(token_slots) + PADDING + 20, num_slots, tile)
-    words = build_batch(np.array(token_slots, np.int32), shape)
+    words = build_batch(np.array(token_slots, np.int32), slabs.ranks, shape)
     return Lora(slabs, site, LoraBatch.to_device(words, shape, device), token_slots, dtype, modules)
 
 
-def _put(slab: Tensor, site: LoraSite, slot: int, index: int, rank: int) -> dict[Any, Any]:
+def _put(slab: Tensor, site: LoraSite, slot: int, index: int, rank: int, adapter_rank: int) -> dict[Any, Any]:
     """Write a module as README.md says; what was written, in float64."""
     entry = site.table_offset + 8 * index
     slab[entry : entry + 4].view(torch.int32).fill_(rank)
     if rank == 0:
         return {}
-    scale, stride = 0.5 + slot, -(-rank // 8) * 8
+    scale, stride = 0.5 + slot, -(-adapter_rank // 8) * 8
     slab[entry + 4 : entry + 8].view(FP32).fill_(scale)
     start = site.a_offset + index * site.rank_cap * site.in_features * 2
     a = slab[start : start + rank * site.in_features * 2].view(BF16).view(rank, site.in_features)
     a.copy_(random(rank, site.in_features, scale=site.in_features**-0.5))
     out, start = site.out_features[index], site.b_offsets[index]
-    b = slab[start : start + out * stride * 2].view(BF16).view(out, stride)[:, :rank]
+    whole = slab[start : start + out * stride * 2].view(BF16).view(out, stride)
+    b = whole.zero_()[:, :rank]
     b.copy_(random(out, rank, scale=rank**-0.5))
     return {(slot, index): (scale, a.double(), b.double())}
 
@@ -207,7 +226,13 @@ def _copy(tensor: Tensor) -> Tensor:
 def check_shrink(ops: ModuleType, lora: Lora) -> Tensor:
     x = lora.rows_of(lora.site.in_features)
     blank = torch.full((lora.rows, lora.site.u_width), SENTINEL, dtype=lora.dtype, device=lora.device)
-    (u,) = agree(ops, lambda o, t: o.lora_shrink(x, lora.slabs, lora.site, lora.batch, t[0]), [blank])
+    unspecified = lora.unspecified().to(lora.device)
+
+    def shrink(backend: ModuleType, t: list[Tensor]) -> None:
+        backend.lora_shrink(x, lora.slabs, lora.site, lora.batch, t[0])
+        t[0][unspecified] = SENTINEL
+
+    (u,) = agree(ops, shrink, [blank])
     exact, magnitude = lora.shrunk(x)
     covered = lora.covered()
     assert_close(torch.where(covered, u.cpu(), 0.0), exact, magnitude, "u")
@@ -323,12 +348,19 @@ def check_gemm(ops: ModuleType, lora: Lora, out_features: int) -> Tensor:
     weight = weight[:, : lora.site.in_features]
     blank = lora.rows_of(out_features)
     u = torch.full((lora.rows, lora.site.u_width), SENTINEL, dtype=lora.dtype, device=lora.device)
-    shrink = (lora.slabs, lora.site, lora.batch)
-    out, u = agree(ops, lambda o, t: o.skinny_gemm(x, weight, t[0], (*shrink, t[1])), [blank, u])
+    unspecified = lora.unspecified().to(lora.device)
+
+    def product(backend: ModuleType, t: list[Tensor]) -> None:
+        backend.skinny_gemm(x, weight, t[0], (lora.slabs, lora.site, lora.batch, t[1]))
+        t[1][unspecified] = SENTINEL
+
+    out, u = agree(ops, product, [blank, u])
     wide, weights = x.double().cpu(), weight.double().cpu()
     assert_close(out, wide @ weights.t(), wide.abs() @ weights.t().abs(), "product")
     exact, magnitude = lora.shrunk(x)
-    assert_close(torch.where(lora.covered(), u.cpu(), 0.0), exact, magnitude, "u")
+    covered = lora.covered()
+    assert_close(torch.where(covered, u.cpu(), 0.0), exact, magnitude, "u")
+    assert (u.cpu()[~covered] == SENTINEL).all()
     return out
 
 
@@ -341,7 +373,7 @@ def check_row_alone(ops: ModuleType, lora: Lora, dims: tuple[int, int, int], num
     whole = _pass(ops, lora, x, qkv, dims)
     for row in sorted({0, lora.tokens // 2, lora.tokens - 1}):
         shape = lora.batch.shape
-        words = build_batch(np.array([lora.token_slots[row]], np.int32), shape)
+        words = build_batch(np.array([lora.token_slots[row]], np.int32), lora.ranks, shape)
         alone = Lora(
             lora.slabs,
             lora.site,
@@ -357,7 +389,7 @@ def check_row_alone(ops: ModuleType, lora: Lora, dims: tuple[int, int, int], num
 
 def _pass(ops: ModuleType, lora: Lora, x: Tensor, qkv: Tensor, dims: tuple[int, int, int]) -> list[Tensor]:
     rows = len(x)
-    u = torch.zeros(rows, lora.site.u_width, dtype=lora.dtype, device=lora.device)
+    u = torch.full((rows, lora.site.u_width), torch.nan, dtype=lora.dtype, device=lora.device)
     ops.lora_shrink(x, lora.slabs, lora.site, lora.batch, u)
     added, roped = _copy(qkv), _copy(qkv)
     ops.lora_expand_add(added, lora.delta(u))
@@ -367,4 +399,5 @@ def _pass(ops: ModuleType, lora: Lora, x: Tensor, qkv: Tensor, dims: tuple[int, 
     product = torch.empty(rows, 48, dtype=lora.dtype, device=lora.device)
     weight = torch.linspace(-1, 1, 48 * x.shape[1]).view(48, -1).to(lora.dtype).to(lora.device)
     ops.skinny_gemm(x, weight, product)
-    return [u, added, roped, product]
+    counts = lora.covered()[:rows].to(lora.device)
+    return [u.masked_fill(~counts, 0.0), added, roped, product]

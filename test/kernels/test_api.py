@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import sgl_kernel
-from sgl_kernel import _binding, ops, reference
+from sgl_kernel import _binding, _checks, ops, reference
 from sgl_kernel.lora.batch import BatchShape, build_batch
 from sgl_kernel.types import LoraBatch, LoraDelta, LoraSlabs, pinned_slab, pinned_words
 
@@ -32,14 +32,15 @@ assert sgl_kernel.__version__ == "0.5.12"
 layout = sgl_kernel.LoraLayout(sgl_kernel.decoder_groups(64, 96, 4, 2, 16), 2, 8)
 assert "numpy" not in sys.modules
 import numpy as np
-from sgl_kernel.lora import BatchShape, LoraModule, build_batch, pack_slab, peft_modules, slab_digest, unpack_slab
+from sgl_kernel.lora import BatchShape, LoraModule, build_batch, pack_slab, peft_modules
+from sgl_kernel.lora import slab_digest, slab_rank, unpack_slab
 slab = np.zeros(layout.slab_bytes, np.uint8)
 a, b = np.ones((8, 64), np.float32), np.ones((64, 8), np.float32)
 name = "base_model.model.model.layers.0.self_attn.q_proj.lora_%s.weight"
 modules = peft_modules(layout, {{name % "A": a, name % "B": b}}, {{"r": 8, "lora_alpha": 16}})
 pack_slab(layout, modules, slab)
 assert unpack_slab(layout, slab)[0].scale == 2 and slab_digest(layout, slab)
-build_batch(np.zeros(3, np.int32), BatchShape(4, 1, 16))
+build_batch(np.zeros(3, np.int32), np.array([slab_rank(slab)], np.int32), BatchShape(4, 1, 16))
 """
     done = _python(code)
     assert done.returncode == 0, done.stderr
@@ -136,13 +137,19 @@ def test_qk_norm_rope_passes_everything_on(make_case):
 def test_commit_and_clear(make_case):
     case = make_case([0, 1], [(3,), (8,)], outputs=(8,))
     slabs = LoraSlabs.allocate(case.slabs.layout, 3, "cpu")
-    assert slabs.num_slots == 3 and not slabs.data.any()
+    ranks = slabs.ranks
+    assert slabs.num_slots == 3 and not slabs.data.any() and ranks.tolist() == [0, 0, 0] and ranks.dtype == np.int32
     slab = pinned_slab(case.slabs.layout)
     slab.copy_(case.slabs.data[1])
     slabs.commit(2, slab)
-    assert torch.equal(slabs.data[2], slab) and not slabs.data[:2].any()
+    assert torch.equal(slabs.data[2], slab) and not slabs.data[:2].any() and ranks.tolist() == [0, 0, 8]
+    slabs.commit(2, case.slabs.data[0])
+    assert ranks.tolist() == [0, 0, 3]
+    slabs.commit(1, slab, 8)
     slabs.clear(2)
-    assert not slabs.data.any()
+    assert not slabs.data[2].any() and ranks.tolist() == [0, 8, 0]
+    slabs.clear(1)
+    assert not slabs.data.any() and slabs.ranks is ranks
     for call in (lambda: slabs.commit(3, slab), lambda: slabs.clear(-1)):
         with pytest.raises(ValueError, match=r"slot (3|-1) is out of range; slots are 0 to 2"):
             call()
@@ -150,14 +157,48 @@ def test_commit_and_clear(make_case):
         slabs.commit(0, slab[:-1])
     with pytest.raises(TypeError, match=r"the slab is torch.int8"):
         slabs.commit(0, slab.view(torch.int8))
+    with pytest.raises(ValueError, match="the adapter has rank 9, the slabs take 0 to 8; use a larger max_rank"):
+        slabs.commit(0, slab, 9)
+    with pytest.raises(ValueError, match="fill it with this version's pack_slab"):
+        slabs.commit(0, torch.full_like(slab, 0xFF))
+    assert not slabs.data.any() and not ranks.any()
+
+
+def test_slabs_know_their_ranks(make_case):
+    case = make_case([0], [(3, 8), (0, 0), (5, 1)], outputs=(8, 8))
+    data, layout = case.slabs.data, case.slabs.layout
+    read = LoraSlabs(data, layout)
+    assert read.ranks.tolist() == LoraSlabs(data).ranks.tolist() == [8, 0, 5] and read.ranks.dtype == np.int32
+    given = np.array([1, 2, 3], np.int32)
+    slabs = LoraSlabs(data, layout, given)
+    given[:] = 0
+    assert slabs.ranks.tolist() == [1, 2, 3]
+    data[1, 0] = 4
+    assert read.ranks.tolist() == [8, 0, 5]
+    assert LoraSlabs(data.to("meta"), layout).ranks.tolist() == [0, 0, 0], "no device is waited for"
+    for bad in (given[:2], given.astype(np.int64)):
+        with pytest.raises(ValueError, match=r"ranks are int(32 \[2\]|64 \[3\]); they must be int32 \[3\]"):
+            LoraSlabs(data, layout, bad)
+
+
+def test_a_gpu_takes_bfloat16_slabs_alone(make_case):
+    """A GPU's tensor, for as long as nothing but its device is asked for."""
+    case = make_case([0], [(3,)], outputs=(8,), dtype="float32")
+    x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    text = "the site's numbers have 4 bytes, .* make the layout with dtype='bfloat16'"
+    with pytest.raises(ValueError, match=text):
+        _checks.check_lora(x, case.slabs, case.site, case.batch, 1)
+    with pytest.raises(ValueError, match=text):
+        _checks.check_delta(x, case.delta(torch.zeros(1, 8)), 1, 8)
 
 
 def test_a_batch_can_be_rewritten_in_place():
     shape = BatchShape(4, 2, 16)
     host = pinned_words(shape)
-    build_batch(np.array([1, -1], np.int32), shape, host.numpy())
+    ranks = np.array([3, 8], np.int32)
+    build_batch(np.array([1, -1], np.int32), ranks, shape, host.numpy())
     batch = LoraBatch.to_device(host, shape, "cpu")
-    address, words = batch.words.data_ptr(), build_batch(np.array([0, 0, 1], np.int32), shape)
+    address, words = batch.words.data_ptr(), build_batch(np.array([0, 0, 1], np.int32), ranks, shape)
     assert batch.words.data_ptr() != host.data_ptr()
     batch.update(words)
     assert batch.words.data_ptr() == address and batch.words.tolist() == words.tolist()

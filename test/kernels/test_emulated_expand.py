@@ -26,18 +26,21 @@ def expand(
     seed: int = 0,
     slot_stride: int = 0,
     spare_tiles: int = 0,
+    held: int = 0,
 ) -> Bits:
     """y with the low-rank term of every row added; rows behind those of `slots` belong to nobody."""
     n = y.shape[1]
-    batch, _ = make_batch(gpu, slots, 1 + max(*adapters.ranks, *slots, 0), tile)
+    num_slots = 1 + max(*adapters.ranks, *slots, 0)
+    batch, _ = make_batch(gpu, slots, adapters.ranks, num_slots, tile, len(slots) + 3 + tile * spare_tiles)
     out = gpu.array("y", padded(y, n + 8), "output")
     args = gpu.args("ExpandArgs", y=out, y_stride=n + 8)
     args.delta.site, args.delta.batch = adapters.site, batch
     args.delta.u = gpu.array("u", padded(u, u.shape[1] + 8), "input").ctypes.data
     args.delta.u_stride, args.delta.u_slot_stride = u.shape[1] + 8, slot_stride
-    grid = (sum(-(-rows // 128) for rows in adapters.out_features), max(1, lora_tiles(slots, tile) + spare_tiles))
-    threads, shared = gpu.geometry("expand_threads", gpu.warp, 128), gpu.geometry("expand_shared_bytes", tile, 128)
-    gpu.launch(f"lora_expand_add_{tile}x128", args, grid, threads, shared, seed=seed)
+    blocks = sum(gpu.geometry("expand_blocks", gpu.warp, rows) for rows in adapters.out_features)
+    grid = (blocks, max(1, lora_tiles(slots, tile) + spare_tiles))
+    kernel = f"lora_expand_add_{held or (16 if adapters.rank_cap <= 16 else 64)}"
+    gpu.launch(kernel, args, grid, gpu.geometry("expand_threads", gpu.warp), 0, seed=seed)
     assert (out[:, n:] == NAN).all()
     return out[:, :n]
 

@@ -58,8 +58,9 @@ class Product:
             base_tiles=base_tiles,
         )
         u = self._add_adapters(args)
-        units = min(self.num_slots, tokens) * -(-u.shape[1] // tile.rows)
-        args.max_units = base_tiles + units
+        args.max_live = min(self.num_slots, tokens) if self.adapters else 0
+        units = args.max_live * -(-u.shape[1] // tile.rows)
+        args.a_units = units
         clusters = min(self.clusters, units + (base_tiles if tile.stream else 0))
         blocks = (clusters + (0 if tile.stream else base_tiles)) * self.splits
         self.gpu.launch(kernel, args, (blocks, 1), tile.threads, tile.shared, self.splits, self.seed)
@@ -72,7 +73,7 @@ class Product:
         width = len(self.adapters.out_features) * self.adapters.rank_cap
         u = self.gpu.array("u", np.full((len(self.x), width), NAN, np.uint16), "output")
         args.site = self.adapters.site
-        args.batch, _ = make_batch(self.gpu, self.slots, self.num_slots, 16, 70)
+        args.batch, _ = make_batch(self.gpu, self.slots, self.adapters.ranks, self.num_slots, 16, 70)
         args.u, args.u_stride = u.ctypes.data, width
         return u
 
@@ -83,13 +84,14 @@ def assert_product(y: Bits, x: Bits, weight: Bits) -> None:
 
 
 def assert_u(u: Bits, x: Bits, adapters: Adapters, slots: Sequence[int]) -> None:
-    """Right where a row's own adapter has a rank, and NaN everywhere else; rows behind those of `slots` have none."""
+    """Right where a row's own module has a rank, NaN where its adapter has none; rows behind `slots` are nobody's."""
     for row, slot in enumerate([*slots, *[-1] * (len(x) - len(slots))]):
         expected = np.full(u.shape[1], False)
         for index, rank in enumerate(adapters.ranks.get(slot, ())):
             a, _, _ = adapters.part(slot, index)
-            columns = slice(index * adapters.rank_cap, index * adapters.rank_cap + rank)
-            expected[columns] = True
+            start = index * adapters.rank_cap
+            columns = slice(start, start + rank)
+            expected[start : start + max(adapters.ranks[slot])] = True
             wide = to_float(x[row])
             assert_rounded_once(u[row, columns], a @ wide, np.abs(a) @ np.abs(wide))
         assert (u[row, ~expected] == NAN).all()

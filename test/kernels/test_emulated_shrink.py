@@ -36,7 +36,7 @@ def shrink(
     """
     k, width = x.shape[1], len(adapters.out_features) * adapters.rank_cap
     num_slots = 1 + max(*adapters.ranks, *slots, 0)
-    batch, _ = make_batch(gpu, slots, num_slots, tile)
+    batch, _ = make_batch(gpu, slots, adapters.ranks, num_slots, tile, len(slots) + 3 + tile * spare_tiles)
     u = gpu.array("u", np.full((len(x), width + 8), NAN, np.uint16), "output")
     args = gpu.args(
         "ShrinkArgs",
@@ -56,14 +56,15 @@ def shrink(
 
 
 def assert_shrunk(u: Bits, x: Bits, adapters: Adapters, slots: Sequence[int]) -> None:
-    """Right where a row's adapter has a rank, untouched everywhere else."""
+    """Right where a row's module has a rank, untouched where its adapter has none."""
     wide = to_float(x)
     touched = np.zeros(u.shape, bool)
     for row, slot in enumerate(slots):
         for index, rank in enumerate(adapters.ranks.get(slot, ())):
             a, _, _ = adapters.part(slot, index)
-            columns = slice(index * adapters.rank_cap, index * adapters.rank_cap + rank)
-            touched[row, columns] = True
+            start = index * adapters.rank_cap
+            columns = slice(start, start + rank)
+            touched[row, start : start + max(adapters.ranks[slot])] = True  # beyond the module's rank with anything
             if rank:
                 assert_rounded_once(u[row, columns], a @ wide[row], np.abs(a) @ np.abs(wide[row]))
     assert (u[~touched] == NAN).all()

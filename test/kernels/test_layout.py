@@ -20,38 +20,41 @@ def test_decoder_groups():
     ]
 
 
+@pytest.mark.parametrize(("dtype", "item"), [("bfloat16", 2), ("float32", 4)])
 @pytest.mark.parametrize("max_rank", [1, 5, 8, 17, 64, 256])
-def test_parts_are_aligned_and_lie_one_behind_the_other(max_rank):
-    layout = LoraLayout(GROUPS, 3, max_rank)
+def test_parts_are_aligned_and_lie_one_behind_the_other(max_rank, dtype, item):
+    layout = LoraLayout(GROUPS, 3, max_rank, dtype)
     cap = -(-max_rank // 8) * 8
-    assert layout.rank_cap == cap
-    table, end = 0, layout.table_bytes
+    assert (layout.rank_cap, layout.dtype, layout.item_bytes) == (cap, dtype, item)
+    table, end = 16, 16 + layout.table_bytes
     for layer in range(3):
         for group in GROUPS:
             site = layout.site(layer, group.name)
-            assert site.table_offset == table
+            assert (site.table_offset, site.item_bytes) == (table, item)
             table += 8 * len(group.out_features)
             for index in range(len(group.out_features)):
-                assert site.a_start(index) == site.a_offset + index * cap * group.in_features * 2 == end
+                assert site.a_start(index) == site.a_offset + index * cap * group.in_features * item == end
                 assert end % 16 == 0
-                end += cap * group.in_features * 2
+                end += cap * group.in_features * item
             for offset, rows in zip(site.b_offsets, group.out_features, strict=True):
                 assert offset == end and end % 16 == 0
-                end += rows * cap * 2
+                end += rows * cap * item
             assert site.end == end
+    table -= 16
     assert table <= layout.table_bytes < table + 16 and layout.table_bytes % 16 == 0
     assert end <= layout.slab_bytes and layout.slab_bytes % 256 == 0
 
 
-def test_words():
-    layout = LoraLayout(GROUPS, 2, 5)
+@pytest.mark.parametrize(("dtype", "item"), [("bfloat16", 2), ("float32", 4)])
+def test_words(dtype, item):
+    layout = LoraLayout(GROUPS, 2, 5, dtype)
     site = layout.site(1, "gate_up")
-    assert site.words == (64, 8, 2, 96, 96, 0, site.table_offset, site.a_offset, *site.b_offsets, 0)
+    assert site.words == (64, 8, 2, 96, 96, 0, site.table_offset, site.a_offset, *site.b_offsets, 0, item)
     assert (site.num_slices, site.u_width, site.total_out) == (2, 16, 192)
     for name in ("qkv", "o", "gate_up", "down"):
         site = layout.site(1, name)
         again = LoraSite.from_words(site.words)
-        assert again.words == site.words and again.end == site.end
+        assert again.words == site.words and again.end == site.end and again.item_bytes == item
 
 
 def test_sites_are_hashed_by_identity():
@@ -61,12 +64,29 @@ def test_sites_are_hashed_by_identity():
     assert layout == twin and hash(layout) == hash(twin)
 
 
-def test_a_description_travels_as_json():
-    layout = LoraLayout(GROUPS, 2, 5)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_description_travels_as_json(dtype):
+    layout = LoraLayout(GROUPS, 2, 5, dtype)
     again = LoraLayout.from_description(json.loads(json.dumps(layout.describe())))
     assert again == layout and again.digest == layout.digest and again.slab_bytes == layout.slab_bytes
-    others = [LoraLayout(GROUPS, 3, 5), LoraLayout(GROUPS, 2, 6), LoraLayout(GROUPS[::-1], 2, 5)]
-    assert len({layout.digest, *(other.digest for other in others)}) == 4
+    assert again.dtype == dtype and dtype in repr(again)
+
+
+def test_another_layout_has_another_digest():
+    layouts = [
+        LoraLayout(GROUPS, 2, 5),
+        LoraLayout(GROUPS, 3, 5),
+        LoraLayout(GROUPS, 2, 6),
+        LoraLayout(GROUPS[::-1], 2, 5),
+        LoraLayout(GROUPS, 2, 5, "float32"),
+    ]
+    assert len({layout.digest for layout in layouts}) == len(set(layouts)) == 5
+
+
+def _without_dtype():
+    description = LoraLayout(GROUPS, 2, 5).describe()
+    del description["dtype"]
+    return description
 
 
 @pytest.mark.parametrize(
@@ -81,13 +101,17 @@ def test_a_description_travels_as_json():
         (lambda: LoraLayout(GROUPS, 2, 257), "max_rank is 257"),
         (lambda: LoraLayout(GROUPS, 0, 8), "num_layers is 0"),
         (lambda: LoraLayout([], 2, 8), "at least one"),
+        (lambda: LoraLayout(GROUPS, 2, 8, "float16"), "dtype is 'float16'; it must be one of bfloat16, float32"),
         (lambda: LoraLayout([GROUPS[0], GROUPS[0]], 2, 8), "every name once"),
         (lambda: LoraLayout(GROUPS, 2, 8).site(2, "qkv"), "layers are 0 to 1, groups are qkv, o, gate_up, down"),
         (lambda: LoraLayout(GROUPS, 2, 8).site(0, "lm_head"), "no site 'lm_head'"),
         (lambda: LoraLayout.from_description({"format": 99}), "format 99"),
-        (lambda: LoraLayout.from_description({"format": 1, "groups": []}), "not a description"),
-        (lambda: LoraSite.from_words((1, 2, 3)), "11 ints"),
-        (lambda: LoraSite.from_words((8, 8, 4) + (0,) * 8), "1 to 3 slices"),
+        (lambda: LoraLayout.from_description({"format": 1}), "format 1, this version reads 2"),
+        (lambda: LoraLayout.from_description({"format": 2, "groups": []}), "not a description"),
+        (lambda: LoraLayout.from_description(_without_dtype()), "not a description"),
+        (lambda: LoraSite.from_words((1, 2, 3)), "12 ints"),
+        (lambda: LoraSite.from_words((8, 8, 4) + (0,) * 8 + (2,)), "1 to 3 slices"),
+        (lambda: LoraSite.from_words((8, 8, 1) + (0,) * 9), "2 or 4 bytes a number"),
     ],
 )
 def test_errors_say_the_value(make, text):

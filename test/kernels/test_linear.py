@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sgl_kernel import linear
 from sgl_kernel.linear import LoraLinear, lora_linear
+from sgl_kernel.lora.slab import LoraModule, pack_slab
 from sgl_kernel.ops import lora_expand_add_, lora_shrink
 
 
@@ -35,6 +38,21 @@ def test_forward_is_the_servers(make_case, dtype, factors, rank):
     lora_expand_add_(served, case.delta(u))
     assert y.dtype == dtype and y.shape == (2, 10, 12)
     assert torch.equal(y.view(20, 12), served)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 8, 17])
+def test_the_slab_is_the_one_that_is_packed_elsewhere(rank, monkeypatch):
+    """Zeros behind the rank included, in memory that was full of something else."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(0xFF))
+    *_, a, b = _operands(torch.float32, rank)
+    slabs, site, _, _ = linear._pack(a.detach(), b.detach(), 0.7)
+    expected = np.zeros(slabs.layout.slab_bytes, np.uint8)
+    pack_slab(slabs.layout, [LoraModule(0, "linear", 0, 0.7, a, b)], expected)
+    got, end_of_a = slabs.data[0].numpy(), site.a_start(0) + rank * 16 * 2
+    for part in (slice(end_of_a), slice(site.b_offsets[0], site.b_offsets[0] + 12 * -(-rank // 8) * 8 * 2)):
+        np.testing.assert_array_equal(got[part], expected[part])
+    assert slabs.ranks.tolist() == [rank]
 
 
 def test_gradcheck():

@@ -49,8 +49,9 @@ def _minus_zeros(y, token_slots):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_shrink_of_mixed_ranks(make_case, dtype):
-    case = make_case(MIXED, MIXED_RANKS, max_tokens=12)
+@pytest.mark.parametrize("slab_dtype", ["bfloat16", "float32"])
+def test_shrink_of_mixed_ranks(make_case, dtype, slab_dtype):
+    case = make_case(MIXED, MIXED_RANKS, max_tokens=12, dtype=slab_dtype)
     x = _strided(len(MIXED) + 2, 24, dtype)
     x[len(MIXED) :] = float("nan")
     out = torch.full((len(x), case.site.u_width), 7.0, dtype=dtype)
@@ -86,9 +87,10 @@ def test_every_rank(make_case, rank):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("slab_dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("side_by_side", [False, True])
-def test_expand_of_mixed_ranks(make_case, dtype, side_by_side):
-    case = make_case(MIXED, MIXED_RANKS, max_tokens=12)
+def test_expand_of_mixed_ranks(make_case, dtype, slab_dtype, side_by_side):
+    case = make_case(MIXED, MIXED_RANKS, max_tokens=12, dtype=slab_dtype)
     stride = case.site.u_width if side_by_side else 0
     y = _minus_zeros(_strided(len(MIXED) + 2, 32, dtype), MIXED)
     y[len(MIXED) :] = -0.0

@@ -10,12 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sgl_kernel.lora.bf16 import from_bf16_bits, to_bf16_bits
+from sgl_kernel.lora.bf16 import from_bf16_bits, to_bf16_bits, to_float32
 from sgl_kernel.lora.layout import LoraGroup, LoraLayout, decoder_groups
 from sgl_kernel.lora.peft import peft_modules
-from sgl_kernel.lora.slab import LoraModule, pack_slab, slab_digest, unpack_slab
+from sgl_kernel.lora.slab import LoraModule, pack_slab, slab_digest, slab_rank, unpack_slab
 
 LAYOUT = LoraLayout([LoraGroup("qkv", 16, (10, 6, 6)), LoraGroup("o", 8, (16,))], 2, 17)
+FLOAT32 = LoraLayout(LAYOUT.groups, 2, 17, "float32")
+TORCH = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def _pack(layout, modules, fill=0):
@@ -60,6 +62,18 @@ def test_bits_pass_unchanged():
     np.testing.assert_array_equal(to_bf16_bits(from_bf16_bits(bits)), bits)
 
 
+def test_float32_is_rounded_from_float64_alone():
+    values = np.array([1 + 2.0**-24, 1 + 2.0**-24 + 2.0**-40, 0.1, -0.0, 3e-46, 1e39])
+    with np.errstate(all="ignore"):
+        np.testing.assert_array_equal(to_float32(values), values.astype(np.float32))
+    exact = torch.randn(99)
+    assert to_float32(exact).base is not None and to_float32(exact).tolist() == exact.tolist()
+    for dtype in (torch.float16, torch.bfloat16):
+        np.testing.assert_array_equal(to_float32(exact.to(dtype)), exact.to(dtype).float())
+    bits = np.arange(0, 0x7F80, 7, dtype=np.uint16)
+    np.testing.assert_array_equal(to_float32(bits), from_bf16_bits(bits))
+
+
 # ---- packing ---------------------------------------------------------------------------------------------------------
 
 _SLICES = [(layer, group, index) for layer in (0, 1) for group, index in (("qkv", 0), ("qkv", 1), ("qkv", 2), ("o", 0))]
@@ -72,45 +86,59 @@ _SLICES = [(layer, group, index) for layer in (0, 1) for group, index in (("qkv"
         st.tuples(st.integers(1, 17), st.floats(-(2.0**99), 2.0**99, width=32), st.integers(0, 99)),
     ),
     st.randoms(use_true_random=False),
+    st.sampled_from([LAYOUT, FLOAT32]),
 )
-def test_what_is_packed_comes_out(adapter, random):
+def test_what_is_packed_comes_out(adapter, random, layout):
     modules = [_module(*key, rank, scale, seed) for key, (rank, scale, seed) in sorted(adapter.items())]
-    slab = _pack(LAYOUT, modules, fill=0xAB)
-    found = {(m.layer, m.group, m.slice_index): m for m in unpack_slab(LAYOUT, slab)}
+    slab = _pack(layout, modules, fill=0xAB)
+    found = {(m.layer, m.group, m.slice_index): m for m in unpack_slab(layout, slab)}
     assert found.keys() == adapter.keys()
+    assert slab_rank(slab) == slab_rank(slab[:16]) == max((rank for rank, _, _ in adapter.values()), default=0)
     for module in modules:
         same = found[module.layer, module.group, module.slice_index]
         assert same.scale == module.scale
-        np.testing.assert_array_equal(same.a, torch.tensor(module.a).bfloat16().float())
-        np.testing.assert_array_equal(same.b, torch.tensor(module.b).bfloat16().float())
+        np.testing.assert_array_equal(same.a, torch.tensor(module.a).to(TORCH[layout.dtype]).float())
+        np.testing.assert_array_equal(same.b, torch.tensor(module.b).to(TORCH[layout.dtype]).float())
     random.shuffle(modules)
-    again = _pack(LAYOUT, modules, fill=0xCD)
-    assert slab_digest(LAYOUT, again) == slab_digest(LAYOUT, slab)
-    np.testing.assert_array_equal(_pack(LAYOUT, found.values()), slab)
+    again = _pack(layout, modules, fill=0xCD)
+    assert slab_digest(layout, again) == slab_digest(layout, slab)
+    np.testing.assert_array_equal(_pack(layout, found.values()), slab)
 
 
-@pytest.mark.parametrize("rank", [1, 3, 5, 8, 17, 64, 256])
-def test_bytes_are_where_the_readme_says(rank):
-    layout = LoraLayout([LoraGroup("g", 8, (6, 5))], 2, rank)
+@pytest.mark.parametrize("dtype", TORCH)
+@pytest.mark.parametrize(
+    ("rank", "other"), [(1, 0), (3, 8), (3, 9), (5, 1), (8, 17), (17, 3), (64, 64), (256, 1), (1, 256)]
+)
+def test_bytes_are_where_the_readme_says(rank, other, dtype):
+    """Of a module beside another one, whose larger rank would be the adapter's."""
+    largest = max(rank, other)
+    layout = LoraLayout([LoraGroup("g", 8, (6, 5))], 2, largest, dtype)
     module = _module(1, "g", 1, rank, 0.75, layout=layout)
-    slab = _pack(layout, [module], fill=0xFF)
-    site, stride = layout.site(1, "g"), -(-rank // 8) * 8
+    beside = [_module(0, "g", 0, other, layout=layout)] if other else []
+    slab = _pack(layout, [*beside, module], fill=0xFF)
+    site, stride = layout.site(1, "g"), -(-largest // 8) * 8
+    assert slab[:16].view(np.int32).tolist() == [largest, 0, 0, 0]
     entry = slab[site.table_offset + 8 : site.table_offset + 16]
     assert entry[:4].view(np.int32)[0] == rank and entry[4:].view(np.float32)[0] == 0.75
-    bf16 = torch.from_numpy(slab).view(torch.bfloat16)
-    a = bf16[site.a_offset // 2 + stride * 8 :][: rank * 8].view(rank, 8)
-    b = bf16[site.b_offsets[1] // 2 :][: 5 * stride].view(5, stride)
-    assert torch.equal(a, torch.tensor(module.a).bfloat16())
-    assert torch.equal(b[:, :rank], torch.tensor(module.b).bfloat16()) and not b[:, rank:].any()
-    counted = 2 * np.count_nonzero(module.a) + 2 * np.count_nonzero(module.b)
-    assert np.count_nonzero(slab) <= counted + 8, "padding is zero"
+    first = layout.site(0, "g").table_offset
+    assert first == 16 and slab[first : first + 4].view(np.int32)[0] == other
+    numbers, item = torch.from_numpy(slab).view(TORCH[dtype]), layout.item_bytes
+    a = numbers[site.a_offset // item + layout.rank_cap * 8 :][: rank * 8].view(rank, 8)
+    b = numbers[site.b_offsets[1] // item :][: 5 * stride].view(5, stride)
+    assert torch.equal(a, torch.tensor(module.a).to(TORCH[dtype]))
+    assert torch.equal(b[:, :rank], torch.tensor(module.b).to(TORCH[dtype])) and not b[:, rank:].any()
+    counted = item * sum(np.count_nonzero(m.a) + np.count_nonzero(m.b) for m in (module, *beside))
+    assert np.count_nonzero(slab) <= counted + 2 + 8 * (1 + len(beside)), "padding is zero"
 
 
 @pytest.mark.parametrize("convert", [torch.tensor, lambda v: torch.tensor(v).bfloat16(), to_bf16_bits, np.float64])
-def test_any_dtype_gives_the_same_bytes(convert):
+@pytest.mark.parametrize("layout", [LAYOUT, FLOAT32])
+def test_any_dtype_gives_the_same_bytes(convert, layout):
     module = _module()
+    if layout is FLOAT32:  # which keeps what bf16 loses
+        module = _with(a=from_bf16_bits(to_bf16_bits(module.a)), b=from_bf16_bits(to_bf16_bits(module.b)))
     other = LoraModule(1, "qkv", 0, 0.5, convert(module.a), convert(module.b))
-    np.testing.assert_array_equal(_pack(LAYOUT, [other]), _pack(LAYOUT, [module]))
+    np.testing.assert_array_equal(_pack(layout, [other]), _pack(layout, [module]))
 
 
 def test_tensors_in_training_and_views_are_taken():
@@ -141,8 +169,8 @@ TOO_LARGE = np.full((3, 16), 3.4e38, np.float32)
     [
         ([_module(), _module(seed=1)], "layer 1, qkv[0] is given twice"),
         ([_with(a=NAN_A)], "layer 1, qkv[0]: a factor has a value that is infinite or NaN"),
-        ([_with(a=TOO_LARGE)], "too large for bf16"),
-        ([_with(a=NAN_A.astype(np.float64) * 0 + 1e300)], "too large for bf16"),
+        ([_with(a=TOO_LARGE)], "too large for bfloat16"),
+        ([_with(a=np.full((3, 16), 1e300))], "too large for bfloat16"),
         ([_with(a=np.zeros((3, 8), np.float32))], "A has shape [3, 8]; it must be [rank, 16]"),
         ([_with(b=np.zeros((10, 4), np.float32))], "B has shape [10, 4]; it must be [10, 3]"),
         ([_with(b=np.zeros(10, np.float32))], "B has shape [10]"),
@@ -163,6 +191,23 @@ def test_errors_name_the_module_and_leave_nothing(modules, text):
     assert not out.any()
 
 
+@pytest.mark.parametrize("layout", [LAYOUT, FLOAT32])
+def test_unpacked_factors_outlive_the_slab(layout):
+    slab = _pack(layout, [_module()])
+    (module,) = unpack_slab(layout, slab)
+    a, b = module.a.copy(), module.b.copy()
+    slab.fill(0xFF)
+    assert (module.a == a).all() and (module.b == b).all()
+
+
+def test_float32_has_larger_numbers():
+    slab = _pack(FLOAT32, [_with(a=TOO_LARGE)])
+    assert (unpack_slab(FLOAT32, slab)[0].a == TOO_LARGE).all()
+    for values in (np.full((3, 16), 1e300), NAN_A):
+        with pytest.raises(ValueError, match="infinite or NaN, or too large for float32"):
+            _pack(FLOAT32, [_with(a=values)])
+
+
 @pytest.mark.parametrize(
     ("out", "text"),
     [
@@ -177,9 +222,28 @@ def test_out_must_fit(out, text):
         pack_slab(LAYOUT, [], out)
 
 
+@pytest.mark.parametrize(
+    "words", [[0x7F7F7F7F] * 4, [-1, 0, 0, 0], [257, 0, 0, 0], [8, 0x3F000000, 0, 0], [0, 0, 0, 1]]
+)
+def test_a_header_that_is_none_is_refused(words):
+    """The fourth is how format 1 began: the first module's rank and scale."""
+    slab = _pack(LAYOUT, [_module()])
+    slab[:16].view(np.int32)[:] = words
+    with pytest.raises(ValueError, match=re.escape(f"the slab begins with {words}")):
+        slab_rank(slab)
+    with pytest.raises(ValueError, match="fill it with this version's pack_slab"):
+        unpack_slab(LAYOUT, slab)
+
+
 def test_a_slab_of_another_layout_is_not_unpacked():
-    slab = np.full(LAYOUT.slab_bytes, 0x7F, np.uint8)
-    with pytest.raises(ValueError, match="the slab was packed for another layout"):
+    slab = _pack(LAYOUT, [_module(rank=3)])
+    entry = slab[LAYOUT.site(1, "qkv").table_offset :][:4].view(np.int32)
+    for rank in (-1, 4, 25):
+        entry[0] = rank
+        with pytest.raises(ValueError, match=rf"has rank {rank}, the adapter 3, .* packed for another layout"):
+            unpack_slab(LAYOUT, slab)
+    entry[0] = 2
+    with pytest.raises(ValueError, match="no module has the adapter's rank 3"):
         unpack_slab(LAYOUT, slab)
     with pytest.raises(ValueError, match="this layout has"):
         unpack_slab(LAYOUT, slab[:-1])

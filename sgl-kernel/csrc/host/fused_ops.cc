@@ -25,30 +25,37 @@ struct Term {
     tiles = capacity.tiles(tokens);
     present = true;
   }
+
+  // A kernel for no term, and those that keep ranks up to 16 and up to 64 in registers.
+  const char* choose(const char* none, const char* few, const char* many) const {
+    return !present ? none : delta.site.rank_cap <= 16 ? few : many;
+  }
 };
 
-// Without a batch, from this many rows on the kernels for prompts are faster.
+// Without a batch, from this many rows on kernels take as many at once as for prompts.
 constexpr int kManyTokens = 256;
 
 int tile_of(const Term& term, int tokens) { return term.present ? term.tile : tokens < kManyTokens ? 16 : 64; }
 
 void launch_norm(NormArgs& args, const Term& term, const Place& place, bool overlap) {
   const int tile = tile_of(term, args.tokens), warp = driver::kWarp;
-  int cluster = 1, pieces = 1, rows = args.tokens;
+  int cluster = 1, pieces = 1, rows = 0;
   if (term.present) {
     cluster = smaller(norm_cluster(tile, args.hidden), driver::device(place.device_id).max_cluster);
-    args.block_tokens = norm_tokens(tile);
-    pieces = tile / args.block_tokens;
+    args.block_tokens = kNormRows;
+    pieces = tile / kNormRows;
     rows = term.tiles;
   } else {
     args.block_tokens = tile == 16 ? 1 : 4;
     rows = ceil_div(args.tokens, args.block_tokens);
   }
-  args.staged = norm_staged(warp, tile, args.hidden, cluster, term.present);
-  args.held = norm_held(warp, tile, args.hidden, cluster, args.block_tokens, term.present);
-  const int shared = norm_shared_bytes(warp, tile, args.hidden, cluster, args.block_tokens, term.present);
-  const driver::Grid grid{cluster * pieces, rows, norm_threads(warp, tile), shared, cluster, overlap};
-  const char* name = tile == 16 ? "fused_add_rmsnorm_16" : "fused_add_rmsnorm_64";
+  args.parts = norm_block_parts(args.hidden, cluster);
+  args.turns = norm_turns(warp, args.hidden, cluster, args.block_tokens, term.present);
+  args.staged = norm_staged(args.hidden, cluster);
+  args.held = norm_held(warp, args.hidden, cluster, args.block_tokens, term.present);
+  const int shared = norm_shared_bytes(warp, args.hidden, cluster, args.block_tokens, term.present);
+  const driver::Grid grid{cluster * pieces, rows, norm_threads(warp), shared, cluster, overlap};
+  const char* name = term.choose("fused_add_rmsnorm", "fused_add_rmsnorm_16", "fused_add_rmsnorm_64");
   driver::launch(name, place.device_id, place.stream, grid, &args, sizeof(args));
 }
 
@@ -88,14 +95,6 @@ void fused_add_rmsnorm(TensorView x, TensorView residual, TensorView weight, dou
   launch_norm(args, term, Place(x), overlap);
 }
 
-// Tiles along y and pieces of them along x for a kernel that takes `each` rows a block.
-struct Split {
-  int pieces, rows;
-
-  Split(const Term& term, int tokens, int each)
-      : pieces(term.present ? larger(1, term.tile / each) : 1), rows(term.present ? term.tiles : ceil_div(tokens, each)) {}
-};
-
 void silu_and_mul(TensorView x, TensorView out, ffi::Optional<TensorView> u, int64_t u_slot_stride,
                   ffi::Optional<TensorView> slabs, Shape site, ffi::Optional<TensorView> words, Shape shape, bool overlap) {
   check_matrix(x, "x");
@@ -111,28 +110,25 @@ void silu_and_mul(TensorView x, TensorView out, ffi::Optional<TensorView> u, int
   args.inner = static_cast<int32_t>(out.size(1));
   const Term term(u, u_slot_stride, slabs, site, words, shape, args.tokens);
   args.delta = term.delta;
-  const int tile = tile_of(term, args.tokens);
-  const Split split(term, args.tokens, activation_tokens(driver::kWarp, tile));
-  const driver::Grid grid{ceil_div(args.inner, kActivationColumns) * split.pieces,
-                          split.rows,
-                          activation_threads(driver::kWarp),
-                          activation_shared_bytes(driver::kWarp, tile, term.present),
-                          1,
-                          overlap};
-  driver::launch(tile == 16 ? "silu_and_mul_16" : "silu_and_mul_64", place.device_id, place.stream, grid, &args, sizeof(args));
+  const int warp = driver::kWarp, rows = term.present ? term.tiles : ceil_div(args.tokens, kActivationRows);
+  const driver::Grid grid{activation_blocks(warp, args.inner, term.present), rows, activation_threads(warp), 0, 1, overlap};
+  driver::launch(term.choose("silu_and_mul", "silu_and_mul_16", "silu_and_mul_64"), place.device_id, place.stream, grid, &args,
+                 sizeof(args));
 }
 
-const char* rope_kernel(int head_dim, int tile) {
+const char* rope_kernel(int head_dim, int tile, const Term& term) {
+#define SGL_ROPE(dim)                                                                                       \
+  case dim:                                                                                                 \
+    return tile == 16 ? term.choose("qk_norm_rope_" #dim, "qk_norm_rope_" #dim "x16x16", "qk_norm_rope_" #dim "x16x64") \
+                      : term.choose("qk_norm_rope_" #dim, "qk_norm_rope_" #dim "x64x16", "qk_norm_rope_" #dim "x64x64");
   switch (head_dim) {
-    case 64:
-      return tile == 16 ? "qk_norm_rope_64x16" : "qk_norm_rope_64x64";
-    case 128:
-      return tile == 16 ? "qk_norm_rope_128x16" : "qk_norm_rope_128x64";
-    case 256:
-      return tile == 16 ? "qk_norm_rope_256x16" : "qk_norm_rope_256x64";
+    SGL_ROPE(64)
+    SGL_ROPE(128)
+    SGL_ROPE(256)
     default:
       TVM_FFI_THROW(ValueError) << "no kernel for heads of " << head_dim << " columns: 64, 128 or 256";
   }
+#undef SGL_ROPE
 }
 
 void qk_norm_rope(TensorView qkv, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
@@ -161,17 +157,17 @@ void qk_norm_rope(TensorView qkv, int64_t num_heads, int64_t num_kv_heads, int64
   args.eps = static_cast<float>(eps);
   const Term term(u, u_slot_stride, slabs, site, words, shape, args.tokens);
   args.delta = term.delta;
-  const int tile = tile_of(term, args.tokens), dim = static_cast<int>(head_dim);
-  args.block_heads = tile == 16 ? 1 : 4;  // with many tokens, angles are fetched once for several heads
-  const Split split(term, args.tokens, rope_tokens(driver::kWarp, dim, tile));
+  const int tile = tile_of(term, args.tokens), warp = driver::kWarp, dim = static_cast<int>(head_dim);
+  const char* kernel = rope_kernel(dim, tile, term);
+  args.block_heads = rope_block_heads(dim, tile, term.present);
   const int heads = args.num_heads + 2 * args.num_kv_heads;
-  const driver::Grid grid{ceil_div(heads, args.block_heads) * split.pieces,
-                          split.rows,
-                          rope_threads(driver::kWarp, dim),
-                          rope_shared_bytes(driver::kWarp, dim, tile, term.present),
+  const driver::Grid grid{ceil_div(heads, args.block_heads),
+                          term.present ? term.tiles : ceil_div(args.tokens, kRopeRows),
+                          rope_threads(warp, dim, args.block_heads, term.present),
+                          rope_shared_bytes(dim, args.block_heads, term.present),
                           1,
                           overlap};
-  driver::launch(rope_kernel(dim, tile), place.device_id, place.stream, grid, &args, sizeof(args));
+  driver::launch(kernel, place.device_id, place.stream, grid, &args, sizeof(args));
 }
 
 }  // namespace

@@ -54,7 +54,6 @@ void skinny_gemm(TensorView x, TensorView weight, TensorView y, ffi::Optional<Te
   const Tiling tiling = gemm_tiling(tokens, args.out_features);
   args.base_tiles = ceil_div(args.out_features, tiling.rows);
   args.num_splits = splits > 0 ? static_cast<int>(splits) : choose_splits(device, args.base_tiles, args.in_features, 256);
-  int units = 0;  // of A's rows, at most
   if (slabs.has_value()) {
     check_matrix(u.value(), "u");
     args.site = unpack_site(slabs.value(), site);
@@ -62,9 +61,10 @@ void skinny_gemm(TensorView x, TensorView weight, TensorView y, ffi::Optional<Te
     args.u = data<uint16_t>(u);
     args.u_stride = u.value().stride(0);
     const BatchShape capacity(shape);
-    units = smaller(capacity.num_slots, tokens) * ceil_div(args.site.num_slices * args.site.rank_cap, tiling.rows);
+    args.max_live = smaller(capacity.num_slots, tokens);
+    args.a_units = args.max_live * ceil_div(args.site.num_slices * args.site.rank_cap, tiling.rows);
   }
-  args.max_units = args.base_tiles + units;
+  const int units = args.a_units;
   const int room = larger(1, 2 * device.multiprocessors / args.num_splits);  // two blocks fit a multiprocessor
   const bool stream = tiling.rows == kStreamRows;
   const int clusters = stream ? smaller(args.base_tiles + units, room) : args.base_tiles + smaller(units, room);
@@ -112,17 +112,12 @@ void lora_expand_add(TensorView y, TensorView u, int64_t u_slot_stride, TensorVi
   args.y = data<uint16_t>(y);
   args.y_stride = y.stride(0);
   args.delta = unpack_delta(u, u_slot_stride, slabs, site, words, shape);
-  const int tokens = capacity.tile_tokens, columns = 128;
-  int column_tiles = 0;
-  for (int i = 0; i < args.delta.site.num_slices; ++i) column_tiles += ceil_div(args.delta.site.out_features[i], columns);
-  const driver::Grid grid{column_tiles,
-                          capacity.tiles(static_cast<int>(y.size(0))),
-                          expand_threads(driver::kWarp, columns),
-                          expand_shared_bytes(tokens, columns),
-                          1,
-                          overlap};
-  driver::launch(tokens == 16 ? "lora_expand_add_16x128" : "lora_expand_add_64x128", place.device_id, place.stream, grid,
-                 &args, sizeof(args));
+  const int warp = driver::kWarp;
+  int blocks = 0;
+  for (int i = 0; i < args.delta.site.num_slices; ++i) blocks += expand_blocks(warp, args.delta.site.out_features[i]);
+  const driver::Grid grid{blocks, capacity.tiles(static_cast<int>(y.size(0))), expand_threads(warp), 0, 1, overlap};
+  driver::launch(args.delta.site.rank_cap <= 16 ? "lora_expand_add_16" : "lora_expand_add_64", place.device_id, place.stream,
+                 grid, &args, sizeof(args));
 }
 
 }  // namespace

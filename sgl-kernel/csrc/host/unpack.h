@@ -44,7 +44,8 @@ T* data(const ffi::Optional<TensorView>& tensor) {
 
 // `words` are LoraSite.words of Python.
 inline LoraSite unpack_site(const TensorView& slabs, const Shape& words) {
-  if (words.size() != 11) TVM_FFI_THROW(ValueError) << "a site has 11 words, not " << words.size();
+  if (words.size() != 12) TVM_FFI_THROW(ValueError) << "a site has 12 words, not " << words.size();
+  if (words[11] != 2) TVM_FFI_THROW(ValueError) << "compiled kernels read bfloat16 slabs, these have " << words[11] << " bytes a number";
   LoraSite site{};
   site.slabs = data<const uint8_t>(slabs);
   site.slab_bytes = slabs.stride(0);
@@ -81,7 +82,7 @@ struct BatchShape {
 inline LoraBatch unpack_batch(const TensorView& words, const Shape& shape) {
   if (shape.size() != 8) TVM_FFI_THROW(ValueError) << "a batch shape has 8 words, not " << shape.size();
   const int32_t* base = data<const int32_t>(words);
-  return {base, base + shape[4], base + shape[5], base + shape[6], base + shape[7]};
+  return {base + shape[4], base + shape[5], base + shape[6], base + shape[7]};
 }
 
 inline LoraDelta unpack_delta(const TensorView& u, int64_t u_slot_stride, const TensorView& slabs, const Shape& site,

@@ -1,16 +1,12 @@
-// Entry points of activation.h: token rows that a tile of the batch holds.
+// Entry points of activation.h: alone, and with a low-rank term, named by the ranks that are kept in registers.
 #include "activation.h"
 
-#define SGL_SILU_AND_MUL(tile)                                                                                      \
-  namespace sgl {                                                                                                   \
-  using SiluAndMul##tile = SiluAndMul<activation_tokens(kWarp, tile)>;                                              \
-  static_assert(SiluAndMul##tile::kThreads == activation_threads(kWarp), "geometry.h");                             \
-  static_assert(SiluAndMul##tile::kSharedBytes == activation_shared_bytes(kWarp, tile, true), "geometry.h");        \
-  static_assert(activation_shared_bytes(kWarp, tile, true) <= 65536, "shared memory");                              \
-  }                                                                                                                 \
-  SGL_KERNEL_OF(sgl::activation_threads(sgl::kWarp), 3) silu_and_mul_##tile(SGL_ARGS(sgl::ActivationArgs) args) {   \
-    sgl::silu_and_mul<sgl::SiluAndMul##tile>(args);                                                                 \
-  }
-
-SGL_SILU_AND_MUL(16)
-SGL_SILU_AND_MUL(64)
+SGL_KERNEL_OF(sgl::activation_threads(sgl::kWarp), 8) silu_and_mul(SGL_ARGS(sgl::ActivationArgs) args) {
+  sgl::silu_and_mul_plain(args);
+}
+SGL_KERNEL_OF(sgl::activation_threads(sgl::kWarp), 4) silu_and_mul_16(SGL_ARGS(sgl::ActivationArgs) args) {
+  sgl::silu_and_mul<1>(args);
+}
+SGL_KERNEL_OF(sgl::activation_threads(sgl::kWarp), 2) silu_and_mul_64(SGL_ARGS(sgl::ActivationArgs) args) {
+  sgl::silu_and_mul<4>(args);
+}

@@ -2,100 +2,99 @@
 #pragma once
 
 #include "rows.h"
-#include "sgl_kernel/geometry.h"
 
 namespace sgl {
 
-SGL_DEVICE float silu(float x) { return x * reciprocal_approx(1.f + exp_approx(-x)); }
+constexpr int kActivationWarps = activation_warps(kWarp);
 
-template <int kTokens_>
+SGL_DEVICE float silu(float x) { return x * reciprocal_approx(1.f + exp_approx(-x)); }
+SGL_DEVICE Vec8 silu_times(Float8 gate, const Float8& up) {
+  SGL_UNROLL
+  for (int c = 0; c < 8; ++c) gate.v[c] = silu(gate.v[c]) * up.v[c];
+  return pack(gate);
+}
+
+// Without a low-rank term: a lane has eight columns of some neighbouring rows.
+// Grid: x = blocks of columns, y = ceil(tokens / kActivationRows).
+SGL_DEVICE void silu_and_mul_plain(const ActivationArgs& args) {
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  const int column = (block_x() * kActivationWarps * kWarp + thread_id()) * 8, first = block_y() * kActivationRows;
+  if (column >= args.inner) return;
+  Vec8 gate[kActivationRows], up[kActivationRows];
+  SGL_UNROLL
+  for (int i = 0; i < kActivationRows; ++i) {
+    if (first + i >= args.tokens) continue;
+    const bf16* x = args.x + (first + i) * args.x_stride + column;
+    gate[i] = load_vec(x);
+    up[i] = load_vec(x + args.inner);
+  }
+  SGL_UNROLL
+  for (int i = 0; i < kActivationRows; ++i)
+    if (first + i < args.tokens)
+      store_vec(args.out + (first + i) * args.out_stride + column, silu_times(unpack(gate[i]), unpack(up[i])));
+}
+
+// With one: a warp has 32 columns of gate and the same of up.
+template <int kSteps>
 struct SiluAndMul {
-  static constexpr int kTokens = kTokens_;
-  using Expand = ExpandTile<kTokens, kActivationColumns>;
-  static constexpr int kThreads = Expand::kThreads;
-  static constexpr int kLanes = kActivationColumns / 8;  // of a row
-  static constexpr int kGroups = kThreads / kLanes;
-  static constexpr int kPasses = (kTokens + kGroups - 1) / kGroups;
-  // With few tokens both slices are fetched ahead; with many the second comes while the first is added.
-  static constexpr bool kBothAhead = kTokens == 16;
-  static constexpr int kOperandBytes = Expand::kOperandBytes * (kBothAhead ? 2 : 1);
-  static constexpr int kSharedBytes = kOperandBytes + Expand::kDeltaBytes;
+  static constexpr int kRows = Strip::kRows;
 
   const ActivationArgs& args;
-  Rows rows;
-  int first, columns;
+  const Rows& rows;
+  int first;  // column of the warp
 
-  __device__ __forceinline__ SiluAndMul(const ActivationArgs& args_, const Rows& rows_, int first_)
-      : args(args_), rows(rows_), first(first_) {
-    const int left = args.inner - first;
-    columns = left < kActivationColumns ? left : kActivationColumns;
-  }
-
-  __device__ __forceinline__ void run() {
-    const Addition gate_term = addition_of(args.delta, rows, 0), up_term = addition_of(args.delta, rows, 1);
-    uint8_t* const operands = shared_memory();
-    uint8_t* const up_operands = operands + (kBothAhead ? Expand::kOperandBytes : 0);
-    float* const sums = reinterpret_cast<float*>(operands + kOperandBytes);
-    if (gate_term.rank > 0) fetch(gate_term, operands);
-    if (kBothAhead && up_term.rank > 0) fetch(up_term, up_operands);
-    wait_for_previous_kernel();
-    Vec8 gate[kPasses], up[kPasses];
-    load(gate, up);
-    if (gate_term.rank > 0) compute_addition<Expand>(args.delta, rows, gate_term, operands, sums, first, columns);
-    if (!kBothAhead && up_term.rank > 0) fetch(up_term, up_operands);
-    Float8 activated[kPasses];
-    SGL_UNROLL
-    for (int pass = 0; pass < kPasses; ++pass) {
-      activated[pass] = added(gate[pass], gate_term, sums, pass);
-      SGL_UNROLL
-      for (int i = 0; i < 8; ++i) activated[pass].v[i] = silu(activated[pass].v[i]);
+  __device__ __forceinline__ void run() const {
+    const Module gate_module = module_of(args.delta, rows.slot, rows.rank, 0);
+    const Module up_module = module_of(args.delta, rows.slot, rows.rank, 1);
+    BStrip<kSteps> gate_b, up_b;
+    if (rows.slot >= 0) {
+      gate_b.fetch(gate_module, first, args.inner - first);
+      up_b.fetch(up_module, first, args.inner - first);
     }
-    if (up_term.rank > 0) compute_addition<Expand>(args.delta, rows, up_term, up_operands, sums, first, columns);
-    SGL_UNROLL
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const Float8 factor = added(up[pass], up_term, sums, pass);
+    SGL_NO_UNROLL
+    for (int begin = 0; begin < rows.count; begin += 16) {
+      const StripRows strip(rows, begin);
+      if (begin == 0) wait_for_previous_kernel();
+      Vec8 gate[kRows] = {}, up[kRows] = {};
       SGL_UNROLL
-      for (int i = 0; i < 8; ++i) activated[pass].v[i] *= factor.v[i];
-      if (!mine(pass)) continue;
-      bf16* out = args.out + row_of(rows, index(pass)) * args.out_stride + first + column();
-      store_vec(out, pack(activated[pass]));
+      for (int i = 0; i < kRows; ++i) {
+        if (!mine(strip.row[i])) continue;
+        const bf16* x = args.x + strip.row[i] * args.x_stride + column();
+        gate[i] = load_vec(x);
+        up[i] = load_vec(x + args.inner);
+      }
+      Strip gate_term = {}, up_term = {};
+      if (rows.slot >= 0) {
+        UStrip<kSteps> gate_u, up_u;
+        gate_u.fetch(gate_module, strip.row);
+        up_u.fetch(up_module, strip.row);
+        gate_term = multiply(gate_module, gate_b, gate_u);
+        up_term = multiply(up_module, up_b, up_u);
+      }
+      SGL_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        if (strip.skips(i)) continue;
+        Float8 gate_sum = unpack(gate[i]), up_sum = unpack(up[i]);
+        add_term(gate_sum, gate_module, gate_term, i);
+        add_term(up_sum, up_module, up_term, i);
+        if (mine(strip.row[i])) store_vec(args.out + strip.row[i] * args.out_stride + column(), silu_times(gate_sum, up_sum));
+      }
     }
   }
 
  private:
-  __device__ __forceinline__ int index(int pass) const { return pass * kGroups + thread_id() / kLanes; }
-  __device__ __forceinline__ int column() const { return thread_id() % kLanes * 8; }
-  __device__ __forceinline__ bool mine(int pass) const { return index(pass) < rows.count && column() < columns; }
-
-  __device__ __forceinline__ void fetch(const Addition& term, uint8_t* operands) const {
-    Expand::prefetch(operands, term.b, term.rank, first, columns);
-  }
-  __device__ __forceinline__ void load(Vec8* gate, Vec8* up) const {
-    SGL_UNROLL
-    for (int pass = 0; pass < kPasses; ++pass) {
-      gate[pass] = up[pass] = Vec8{};
-      if (!mine(pass)) continue;
-      const bf16* x = args.x + row_of(rows, index(pass)) * args.x_stride + first + column();
-      gate[pass] = load_vec(x);
-      up[pass] = load_vec(x + args.inner);
-    }
-  }
-  __device__ __forceinline__ Float8 added(const Vec8& x, const Addition& term, const float* sums, int pass) const {
-    Float8 sum = unpack(x);
-    if (term.rank > 0 && mine(pass)) add(sum, load_floats(sums + index(pass) * Expand::kDeltaStride + column()));
-    return sum;
-  }
+  __device__ __forceinline__ int column() const { return first + Strip::column(); }
+  __device__ __forceinline__ bool mine(int row) const { return row >= 0 && column() < args.inner; }
 };
 
-// Grid: x = ceil(inner / kActivationColumns) * pieces, y = tiles of the batch, or without one ceil(tokens / (pieces *
-// kTokens)). A piece is kTokens rows of a tile: 1 of them unless the batch has larger tiles than the kernel.
-template <class Kernel>
+// Grid: x = blocks of strips; y = tiles of the batch.
+template <int kSteps>
 SGL_DEVICE void silu_and_mul(const ActivationArgs& args) {
   let_next_kernel_start();
-  const int tiles = (args.inner + kActivationColumns - 1) / kActivationColumns;
-  const Rows rows = rows_of_block(args.delta.batch, args.tokens, block_x() / tiles, grid_x() / tiles, Kernel::kTokens);
+  const Rows rows = rows_of_tile(args.delta.batch, block_y());
   if (rows.count <= 0) return wait_for_previous_kernel();
-  Kernel(args, rows, block_x() % tiles * kActivationColumns).run();
+  SiluAndMul<kSteps>{args, rows, (block_x() * kActivationWarps + warp_id()) * Strip::kColumns}.run();
 }
 
 }  // namespace sgl

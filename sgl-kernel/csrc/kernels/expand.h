@@ -1,42 +1,56 @@
 // y += scale * (B u) for the rows that have an adapter; the kernel of layers whose output nobody of ours reads next.
 #pragma once
 
-#include "sgl_kernel/expand.h"
+#include "rows.h"
 
 namespace sgl {
 
-template <class Expand>
+constexpr int kExpandWarps = expand_warps(kWarp);
+
+// Grid: x = the strips of slice 0, then those of slice 1, ..., each slice's rounded up to whole blocks; y = tiles.
+template <int kSteps>
 SGL_DEVICE void lora_expand_add(const ExpandArgs& args) {
   let_next_kernel_start();
-  const LoraDelta& delta = args.delta;
-  if (block_y() >= num_lora_tiles(delta.batch)) return wait_for_previous_kernel();
-  const Tile tile = read_tile(delta.batch, block_y());
-  // Blocks along x: the column tiles of slice 0, then those of slice 1, ...
-  int slice = 0, index = block_x(), out_start = 0;
-  for (; slice < delta.site.num_slices - 1; ++slice) {
-    const int tiles = (delta.site.out_features[slice] + Expand::kColumns - 1) / Expand::kColumns;
-    if (index < tiles) break;
-    index -= tiles;
-    out_start += delta.site.out_features[slice];
+  const LoraSite& site = args.delta.site;
+  const Rows rows = rows_of_tile(args.delta.batch, block_y());
+  if (rows.count == 0 || rows.slot < 0) return wait_for_previous_kernel();
+  int slice = 0, index = block_x(), out_start = 0, width = site.out_features[0];
+  SGL_UNROLL
+  for (int i = 1; i < kMaxSlices; ++i) {
+    const int blocks = (width + kExpandWarps * Strip::kColumns - 1) / (kExpandWarps * Strip::kColumns);
+    if (i >= site.num_slices || slice != i - 1 || index < blocks) continue;
+    index -= blocks;
+    out_start += width;
+    width = site.out_features[i];
+    slice = i;
   }
-  const Slice module = read_slice(delta.site, tile.slot, slice);
-  if (module.rank == 0) return wait_for_previous_kernel();
-  const int first = index * Expand::kColumns, left = delta.site.out_features[slice] - first;
-  const int columns = left < Expand::kColumns ? left : Expand::kColumns;
-  const bf16* b = b_of(delta.site, tile.slot, slice);
-  uint8_t* const operands = shared_memory();
-  float* const sums = reinterpret_cast<float*>(operands + Expand::kOperandBytes);
-
-  Expand::prefetch(operands, b, module.rank, first, columns);
+  const int first = (index * kExpandWarps + warp_id()) * Strip::kColumns;
+  const Module module = module_of(args.delta, rows.slot, rows.rank, slice);
+  BStrip<kSteps> b;
+  b.fetch(module, first, width - first);
   wait_for_previous_kernel();
-  Expand::compute(operands, sums, b, module.rank, module.scale, first, columns, [&](int t) -> const bf16* {
-    return t < tile.count ? u_of(delta, delta.batch.perm[tile.start + t], tile.slot, slice) : nullptr;
-  });
-  const int vectors = columns / 8;
-  for (int i = thread_id(); i < tile.count * vectors; i += Expand::kThreads) {
-    const int t = i / vectors, column = i % vectors * 8;
-    bf16* y = args.y + delta.batch.perm[tile.start + t] * args.y_stride + out_start + first + column;
-    store_vec(y, add_delta(load_vec(y), sums + t * Expand::kDeltaStride + column));
+  if (module.rank == 0) return;
+  SGL_NO_UNROLL
+  for (int begin = 0; begin < rows.count; begin += 16) {
+    const StripRows strip(rows, begin);
+    Vec8 y[Strip::kRows];
+    bf16* place[Strip::kRows];
+    const bool mine = first + Strip::column() < width;
+    SGL_UNROLL
+    for (int i = 0; i < Strip::kRows; ++i) {
+      place[i] = args.y + strip.row[i] * args.y_stride + out_start + first + Strip::column();
+      y[i] = mine && strip.row[i] >= 0 ? load_vec(place[i]) : Vec8{};
+    }
+    UStrip<kSteps> u;
+    u.fetch(module, strip.row);
+    const Strip term = multiply(module, b, u);
+    SGL_UNROLL
+    for (int i = 0; i < Strip::kRows; ++i) {
+      if (strip.skips(i)) continue;
+      Float8 sum = unpack(y[i]);
+      add_term(sum, module, term, i);
+      if (mine && strip.row[i] >= 0) store_vec(place[i], pack(sum));
+    }
   }
 }
 

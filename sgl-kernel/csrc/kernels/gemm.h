@@ -4,6 +4,7 @@
 // W as work of the same kind, and the batch says how many there are.
 #pragma once
 
+#include "sgl_kernel/geometry.h"
 #include "sgl_kernel/lora.h"
 #include "sgl_kernel/stream_gemm.h"
 #include "sgl_kernel/tile_gemm.h"
@@ -12,44 +13,34 @@ namespace sgl {
 
 // ---- few tokens: units of sixteen rows -----------------------------------------------------------------------------
 
-// Rows of A of one slot, from `first` on.
-struct AUnit {
-  int slot, first;
-  ARows a;
-
-  __device__ __forceinline__ const bf16* row(const LoraSite& site, int r) const {
-    if (first + r >= count(a)) return nullptr;
-    const ARow place = locate(a, first + r);
-    return a_of(site, slot, place.slice) + static_cast<int64_t>(place.row) * site.in_features;
-  }
-  __device__ __forceinline__ void store(const LoraSite& site, bf16* u, int r, float low, float high) const {
-    const float sums[2] = {low, high};
-    SGL_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      if (first + r + i >= count(a)) return;
-      const ARow place = locate(a, first + r + i);
-      u[place.slice * site.rank_cap + place.row] = to_bf16(sums[i]);
-    }
-  }
-};
-
-// Units of W's rows, then of the A rows of every live slot.
+// Units of A's rows, then of W's. A's are the first sixteen of every live slot, then the next sixteen, ...; a slot that is
+// not live, or has no more rows, leaves its places empty. They come first because their rows are found one read later.
 struct GemmWork {
   const GemmArgs& args;
+  int first, stride;  // of this block's units
+  // Asked for before there is a use for it, so that nobody waits then: whose the block's first unit is, and the slot of the
+  // token that this thread will store.
+  Live live;
+  int token_slot;
 
-  __device__ __forceinline__ int units_of_slot() const { return (args.site.num_slices * args.site.rank_cap + 15) / 16; }
-  // How many slots are live is asked for only where it matters: no block waits for it before its first weights.
-  __device__ __forceinline__ bool exists(int unit) const {
-    if (unit < args.base_tiles) return true;
-    return unit < args.max_units && unit < args.base_tiles + num_live_slots(args.batch) * units_of_slot();
+  __device__ __forceinline__ GemmWork(const GemmArgs& args_, int first_, int stride_)
+      : args(args_), first(first_), stride(stride_), live{-1, 0}, token_slot(-1) {
+    if (first >= args.a_units) return;
+    live = read_live(args.batch, first % args.max_live);
+    const int token = thread_id() / (kStreamRows / 2);
+    if (token < args.tokens) token_slot = args.batch.token_slot[token];
   }
-  __device__ __forceinline__ AUnit a_unit(int unit) const {
-    const int index = unit - args.base_tiles, each = units_of_slot(), slot = args.batch.live[index / each];
-    return {slot, index % each * 16, ARows::of(args.site, slot)};
-  }
+
+  __device__ __forceinline__ int start() const { return existing(first); }
+  __device__ __forceinline__ int next(int unit) const { return existing(unit + stride); }
+  __device__ __forceinline__ bool exists(int unit) const { return unit < args.a_units + args.base_tiles; }
   __device__ __forceinline__ const bf16* row(int unit, int r) const {
-    if (unit >= args.base_tiles) return a_unit(unit).row(args.site, r);
-    const int n = unit * 16 + r;
+    if (unit < args.a_units) {
+      const ARows a = a_rows(unit);
+      const int row = a_first(unit) + r;
+      return row < a.count ? a.row(args.site, row) : nullptr;
+    }
+    const int n = (unit - args.a_units) * kStreamRows + r;
     return n < args.out_features ? args.weight + n * args.weight_stride : nullptr;
   }
   __device__ __forceinline__ const bf16* token(int, int t) const {
@@ -57,13 +48,31 @@ struct GemmWork {
   }
   __device__ __forceinline__ int tokens(int) const { return args.tokens; }
   __device__ __forceinline__ void store(int unit, int r, int t, float low, float high) const {
-    if (unit < args.base_tiles) {
-      const int n = unit * 16 + r;
-      if (n < args.out_features) *reinterpret_cast<uint32_t*>(args.y + t * args.y_stride + n) = pack_bf16(low, high);
+    if (unit < args.a_units) {
+      const ARows a = a_rows(unit);
+      if (token_slot == a.slot) store_u(args.site, a, args.u + t * args.u_stride, a_first(unit) + r, low, high);
       return;
     }
-    const AUnit a = a_unit(unit);
-    if (args.batch.token_slot[t] == a.slot) a.store(args.site, args.u + t * args.u_stride, r, low, high);
+    const int n = (unit - args.a_units) * kStreamRows + r;
+    if (n < args.out_features) *reinterpret_cast<uint32_t*>(args.y + t * args.y_stride + n) = pack_bf16(low, high);
+  }
+
+  // Two sums of neighbouring rows of A, of which those beyond its rows are nobody's.
+  SGL_DEVICE void store_u(const LoraSite& site, const ARows& a, bf16* u, int row, float low, float high) {
+    if (row < a.count) u[a.u_column(site, row)] = to_bf16(low);
+    if (row + 1 < a.count) u[a.u_column(site, row + 1)] = to_bf16(high);
+  }
+
+ private:
+  __device__ __forceinline__ int a_first(int unit) const { return unit / args.max_live * kStreamRows; }
+  __device__ __forceinline__ ARows a_rows(int unit) const {
+    const Live own = unit == first ? live : read_live(args.batch, unit % args.max_live);
+    return ARows::of(args.site, own.slot, own.rank);
+  }
+  // The unit, or this block's first after it that has rows.
+  __device__ __forceinline__ int existing(int unit) const {
+    while (unit < args.a_units && a_first(unit) >= a_rows(unit).count) unit += stride;
+    return unit;
   }
 };
 
@@ -72,25 +81,30 @@ template <class Stream>
 SGL_DEVICE void skinny_gemm_stream(const GemmArgs& args) {
   let_next_kernel_start();
   const Range k = part_of(args.in_features, cluster_rank(), cluster_size());
-  Stream::run(GemmWork{args}, block_x() / args.num_splits, grid_x() / args.num_splits, k.begin, k.end);
+  Stream::run(GemmWork(args, block_x() / args.num_splits, grid_x() / args.num_splits), k.begin, k.end);
 }
 
 // Units of A's rows for one tile of at most sixteen tokens of one slot each.
 struct ShrinkWork {
   const ShrinkArgs& args;
+  int first, stride;
   Tile tile;
   ARows a;
 
-  __device__ __forceinline__ bool exists(int unit) const { return unit * 16 < count(a); }
-  __device__ __forceinline__ AUnit a_unit(int unit) const { return {tile.slot, unit * 16, a}; }
-  __device__ __forceinline__ const bf16* row(int unit, int r) const { return a_unit(unit).row(args.site, r); }
+  __device__ __forceinline__ int start() const { return first; }
+  __device__ __forceinline__ int next(int unit) const { return unit + stride; }
+  __device__ __forceinline__ bool exists(int unit) const { return unit * kStreamRows < a.count; }
+  __device__ __forceinline__ const bf16* row(int unit, int r) const {
+    const int row = unit * kStreamRows + r;
+    return row < a.count ? a.row(args.site, row) : nullptr;
+  }
   __device__ __forceinline__ int token_row(int t) const { return args.batch.perm[tile.start + t]; }
   __device__ __forceinline__ const bf16* token(int, int t) const {
     return t < tile.count ? args.x + token_row(t) * args.x_stride : nullptr;
   }
   __device__ __forceinline__ int tokens(int) const { return tile.count; }
   __device__ __forceinline__ void store(int unit, int r, int t, float low, float high) const {
-    a_unit(unit).store(args.site, args.u + token_row(t) * args.u_stride, r, low, high);
+    GemmWork::store_u(args.site, a, args.u + token_row(t) * args.u_stride, unit * kStreamRows + r, low, high);
   }
 };
 
@@ -98,42 +112,33 @@ struct ShrinkWork {
 template <class Stream>
 SGL_DEVICE void lora_shrink_stream(const ShrinkArgs& args) {
   let_next_kernel_start();
-  if (block_y() >= num_lora_tiles(args.batch)) return wait_for_previous_kernel();
   const Tile tile = read_tile(args.batch, block_y());
-  const ARows a = ARows::of(args.site, tile.slot);
+  if (tile.count == 0 || tile.slot < 0) return wait_for_previous_kernel();
+  const ARows a = ARows::of(args.site, tile.slot, tile.rank);
   const Range k = part_of(args.site.in_features, cluster_rank(), cluster_size());
-  Stream::run(ShrinkWork{args, tile, a}, block_x() / args.num_splits, grid_x() / args.num_splits, k.begin, k.end);
+  Stream::run(ShrinkWork{args, block_x() / args.num_splits, grid_x() / args.num_splits, tile, a}, k.begin, k.end);
 }
 
 // ---- more tokens: blocks of 64 or 128 rows -------------------------------------------------------------------------
 
-// u of the rows [first, first + kRows) of a slot's A; `token_row(t)` is the row of x and u, negative for no token.
+// u of the rows [first, first + kRows) of an adapter's A; `token_row(t)` is the row of x and u, negative for no token.
 template <class Gemm, class TokenRow>
-SGL_DEVICE void shrink_tile(const LoraSite& site, int slot, int first, const bf16* x, int64_t x_stride, bf16* u,
+SGL_DEVICE void shrink_tile(const LoraSite& site, const ARows& a, int first, const bf16* x, int64_t x_stride, bf16* u,
                             int64_t u_stride, int tokens, TokenRow token_row) {
-  const ARows a = ARows::of(site, slot);
-  const int rows = count(a) - first;
+  const int rows = a.count - first;
   if (rows <= 0) return wait_for_previous_kernel();  // the same for every block of the cluster
   const Range k = part_of(site.in_features, cluster_rank(), cluster_size());
   Gemm gemm;
-  gemm.run(
-      [&](int r) -> const bf16* {
-        if (r >= rows) return nullptr;
-        const ARow place = locate(a, first + r);
-        return a_of(site, slot, place.slice) + static_cast<int64_t>(place.row) * site.in_features;
-      },
-      [&](int t) -> const bf16* {
-        const int row = t < tokens ? token_row(t) : -1;
-        return row < 0 ? nullptr : x + row * x_stride;
-      },
-      rows, k.begin, k.end);
+  gemm.run([&](int r) -> const bf16* { return r < rows ? a.row(site, first + r) : nullptr; },
+           [&](int t) -> const bf16* {
+             const int row = t < tokens ? token_row(t) : -1;
+             return row < 0 ? nullptr : x + row * x_stride;
+           },
+           rows, k.begin, k.end);
   gemm.reduce(rows, tokens, [&](int r, int t, const Float4& sum) {
     const int row = token_row(t);
     if (row < 0) return;
-    for (int j = 0; j < 4 && r + j < rows; ++j) {
-      const ARow place = locate(a, first + r + j);
-      u[row * u_stride + place.slice * site.rank_cap + place.row] = to_bf16(sum.v[j]);
-    }
+    for (int j = 0; j < 4 && r + j < rows; ++j) u[row * u_stride + a.u_column(site, first + r + j)] = to_bf16(sum.v[j]);
   });
 }
 
@@ -156,14 +161,14 @@ SGL_DEVICE void skinny_gemm_tile(const GemmArgs& args) {
     });
     return;
   }
-  const int workers = grid_x() / args.num_splits - args.base_tiles;
-  const int tiles = (args.site.num_slices * args.site.rank_cap + Gemm::kRows - 1) / Gemm::kRows;
-  const int units = num_live_slots(args.batch) * tiles;
-  if (cluster - args.base_tiles >= units) return wait_for_previous_kernel();
+  // Units of A's rows: every live slot's first kRows, then everyone's next, ...
+  const int workers = grid_x() / args.num_splits - args.base_tiles, units = args.a_units;
+  if (workers <= 0 || cluster - args.base_tiles >= units) return wait_for_previous_kernel();
   for (int unit = cluster - args.base_tiles; unit < units; unit += workers) {
-    const int slot = args.batch.live[unit / tiles];
-    shrink_tile<Gemm>(args.site, slot, unit % tiles * Gemm::kRows, args.x, args.x_stride, args.u, args.u_stride, args.tokens,
-                      [&](int t) { return args.batch.token_slot[t] == slot ? t : -1; });
+    const Live live = read_live(args.batch, unit % args.max_live);
+    const ARows a = ARows::of(args.site, live.slot, live.rank);
+    shrink_tile<Gemm>(args.site, a, unit / args.max_live * Gemm::kRows, args.x, args.x_stride, args.u, args.u_stride,
+                      args.tokens, [&](int t) { return args.batch.token_slot[t] == live.slot ? t : -1; });
   }
 }
 
@@ -171,10 +176,10 @@ SGL_DEVICE void skinny_gemm_tile(const GemmArgs& args) {
 template <class Gemm>
 SGL_DEVICE void lora_shrink_tile(const ShrinkArgs& args) {
   let_next_kernel_start();
-  if (block_y() >= num_lora_tiles(args.batch)) return wait_for_previous_kernel();
   const Tile tile = read_tile(args.batch, block_y());
+  if (tile.count == 0 || tile.slot < 0) return wait_for_previous_kernel();
   const int first = block_x() / args.num_splits * Gemm::kRows;
-  shrink_tile<Gemm>(args.site, tile.slot, first, args.x, args.x_stride, args.u, args.u_stride, tile.count,
+  shrink_tile<Gemm>(args.site, ARows::of(args.site, tile.slot, tile.rank), first, args.x, args.x_stride, args.u, args.u_stride, tile.count,
                     [&](int t) { return args.batch.perm[tile.start + t]; });
 }
 

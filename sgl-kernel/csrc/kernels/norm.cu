@@ -1,17 +1,16 @@
-// Entry points of norm.h: token rows that a tile of the batch holds.
+// Entry points of norm.h: alone, and with a low-rank term, named by the ranks that are kept in registers.
 #include "norm.h"
 
-#define SGL_NORM(tile)                                                                                              \
-  static_assert(sgl::AddNorm<tile>::kThreads == sgl::norm_threads(sgl::kWarp, tile), "");                           \
-  static_assert(sgl::AddNorm<tile>::kRowGroups == sgl::norm_row_groups(sgl::kWarp, tile), "");                      \
-  static_assert(sgl::AddNorm<tile>::kPasses == sgl::norm_passes(sgl::kWarp, tile), "");                             \
-  static_assert(sgl::AddNorm<tile>::Expand::kOperandBytes + sgl::AddNorm<tile>::Expand::kDeltaBytes ==              \
-                sgl::expand_shared_bytes(sgl::norm_tokens(tile), sgl::norm_columns(tile)), "");                     \
-  static_assert(sgl::norm_room(sgl::kWarp, tile, sgl::kMaxHidden, 1, true) >= 0, "shared memory");                  \
-  SGL_KERNEL_OF(sgl::norm_threads(sgl::kWarp, tile), tile == 16 ? 2 : 3)                                            \
-  fused_add_rmsnorm_##tile(SGL_ARGS(sgl::NormArgs) args) {                                                          \
-    sgl::fused_add_rmsnorm<tile>(args);                                                                             \
-  }
+static_assert(sgl::Strip::kColumns == sgl::kStripColumns && sgl::kNormPart == sgl::kStripColumns, "geometry.h");
+static_assert(sgl::norm_turn_bytes(sgl::kWarp, true) == sgl::norm_threads(sgl::kWarp) * sgl::Strip::kRows * 16, "geometry.h");
+static_assert(sgl::norm_room(sgl::kWarp, sgl::kMaxHidden, 1) >= 2 * sgl::norm_staged(sgl::kMaxHidden, 1), "shared memory");
 
-SGL_NORM(16)
-SGL_NORM(64)
+SGL_KERNEL_OF(sgl::norm_threads(sgl::kWarp), 3) fused_add_rmsnorm(SGL_ARGS(sgl::NormArgs) args) {
+  sgl::fused_add_rmsnorm<sgl::Lines, 0>(args);
+}
+SGL_KERNEL_OF(sgl::norm_threads(sgl::kWarp), 2) fused_add_rmsnorm_16(SGL_ARGS(sgl::NormArgs) args) {
+  sgl::fused_add_rmsnorm<sgl::Strips, 1>(args);
+}
+SGL_KERNEL_OF(sgl::norm_threads(sgl::kWarp), 1) fused_add_rmsnorm_64(SGL_ARGS(sgl::NormArgs) args) {
+  sgl::fused_add_rmsnorm<sgl::Strips, 4>(args);
+}

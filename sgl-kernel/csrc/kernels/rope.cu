@@ -1,22 +1,22 @@
-// Entry points of rope.h: width of a head x token rows that a tile of the batch holds.
+// Entry points of rope.h: alone, by the width of a head, and with a low-rank term, by the token rows of a tile and the ranks that
+// are kept in registers as well.
 #include "rope.h"
 
-#define SGL_ROPE(head_dim, tile)                                                                                    \
-  namespace sgl {                                                                                                   \
-  using QkNormRope##head_dim##x##tile = QkNormRope<rope_tokens(kWarp, head_dim, tile), head_dim>;                   \
-  static_assert(QkNormRope##head_dim##x##tile::kThreads == rope_threads(kWarp, head_dim), "geometry.h");            \
-  static_assert(QkNormRope##head_dim##x##tile::kSharedBytes == rope_shared_bytes(kWarp, head_dim, tile, true),      \
-                "geometry.h");                                                                                      \
-  static_assert(rope_shared_bytes(kWarp, head_dim, tile, true) <= 65536, "shared memory");                          \
-  }                                                                                                                 \
-  SGL_KERNEL_OF(sgl::rope_threads(sgl::kWarp, head_dim), (tile == 16 ? 512 : 768) / sgl::rope_threads(32, head_dim)) \
-  qk_norm_rope_##head_dim##x##tile(SGL_ARGS(sgl::RopeArgs) args) {                                                  \
-    sgl::qk_norm_rope<sgl::QkNormRope##head_dim##x##tile>(args);                                                    \
+#define SGL_ROPE_OF(head_dim, tile, rank, warps, blocks)                                    \
+  static_assert(warps == sgl::rope_head_warps(head_dim) * sgl::rope_block_heads(head_dim, tile, true), "geometry.h"); \
+  SGL_KERNEL_OF(warps * sgl::kWarp, blocks)                                                 \
+  qk_norm_rope_##head_dim##x##tile##x##rank(SGL_ARGS(sgl::RopeArgs) args) {                 \
+    sgl::qk_norm_rope<head_dim, rank / 16, tile == 16>(args);                               \
   }
+#define SGL_ROPE(head_dim, few)                                                               \
+  SGL_KERNEL_OF(head_dim, 1024 / head_dim) qk_norm_rope_##head_dim(SGL_ARGS(sgl::RopeArgs) args) { \
+    sgl::qk_norm_rope_plain<head_dim>(args);                                                  \
+  }                                                                                           \
+  SGL_ROPE_OF(head_dim, 16, 16, few, 8 / few)                                                 \
+  SGL_ROPE_OF(head_dim, 16, 64, few, 8 / few)                                                 \
+  SGL_ROPE_OF(head_dim, 64, 16, 4, 3)                                                         \
+  SGL_ROPE_OF(head_dim, 64, 64, 4, 2)
 
-SGL_ROPE(64, 16)
-SGL_ROPE(64, 64)
-SGL_ROPE(128, 16)
-SGL_ROPE(128, 64)
-SGL_ROPE(256, 16)
-SGL_ROPE(256, 64)
+SGL_ROPE(64, 1)
+SGL_ROPE(128, 2)
+SGL_ROPE(256, 4)

@@ -1,167 +1,235 @@
 // Between the qkv projection and attention: bias and low-rank term, norm of the heads of q and k, rotation, and the
 // copy of k and v into their pools. Everything in float32, rounded once.
 //
-// A thread has eight columns of the first half of a head and the eight that they turn with. The squares of a head are
-// added by each lane in the order of its columns, then by the lanes in a tree.
+// A lane has eight columns of the first half of a head and the eight that they turn with. The squares of a head are added by each
+// lane in the order of its columns, then over four lanes, and over these fours, in a tree.
 #pragma once
 
 #include "rows.h"
-#include "sgl_kernel/geometry.h"
 
 namespace sgl {
 
-template <int kTokens_, int kHeadDim_>
-struct QkNormRope {
-  static constexpr int kTokens = kTokens_;
-  static constexpr int kHeadDim = kHeadDim_;
-  using Expand = ExpandTile<kTokens, kHeadDim>;
-  static constexpr int kThreads = Expand::kThreads;
-  static constexpr int kSharedBytes = Expand::kOperandBytes + Expand::kDeltaBytes;
-  static constexpr int kHalf = kHeadDim / 2;
-  static constexpr int kLanes = kHalf / 8;  // of a row
-  static_assert(kThreads / kLanes >= kTokens, "every row has its lanes");
+struct Pair {  // eight columns of either half of a head
+  Vec8 low, high;
+};
+struct Turn {
+  Float8 cosine, sine;
+};
 
-  struct Pair {  // eight columns of either half
-    Vec8 low, high;
-  };
-  struct Vectors {
-    Pair weight, bias;
-  };
-  // Fetched with x, which spares a few tokens a wait; with more tokens or wider heads the registers are worth more.
-  static constexpr bool kEarly = kTokens == 16 && kHeadDim < 256;
-  struct Head {
-    int slice, index, column;  // 0, 1, 2: q, k, v; which one of them; its first column in qkv
-    Addition added;
-  };
+// One head of a block, as a lane sees it.
+template <int kHeadDim>
+struct Head {
+  static constexpr int kHalf = kHeadDim / 2;
 
   const RopeArgs& args;
-  Rows rows;
-  int row;  // of qkv, negative for none
-  int64_t loc;
-  Float8 cosine, sine;
-  uint8_t* operands;
-  float* sums;
+  int slice, index, column;  // 0, 1, 2: q, k, v; which of them; this lane's first column of qkv
+  int in_head;               // and of the head
+  bool exists;
 
-  __device__ __forceinline__ QkNormRope(const RopeArgs& args_, const Rows& rows_) : args(args_), rows(rows_) {
-    operands = shared_memory();
-    sums = reinterpret_cast<float*>(operands + Expand::kOperandBytes);
-    row = -1;
-    loc = 0;
-    cosine = sine = Float8{};
-    if (index() >= rows.count) return;
-    row = row_of(rows, index());
-    if (args.k_pool != nullptr) loc = args.locs[row];
-    const float* angles = args.cos_sin + args.positions[row] * kHeadDim + lane_column();
-    cosine = load_floats(angles);
-    sine = load_floats(angles + kHalf);
+  __device__ __forceinline__ Head(const RopeArgs& args_, int head, int in_head_) : args(args_), in_head(in_head_) {
+    const int q = args.num_heads, kv = args.num_kv_heads;
+    slice = head < q ? 0 : head < q + kv ? 1 : 2;
+    index = head - (slice == 0 ? 0 : slice == 1 ? q : q + kv);
+    exists = head < q + 2 * kv;
+    column = head * kHeadDim + in_head;
   }
 
-  // The heads [begin, end) of q, k and v, counted through.
-  __device__ __forceinline__ void run(int begin, int end) {
-    const Head start = head_of(begin);
-    fetch_b(start);
-    prefetch_vectors(start);
-    wait_for_previous_kernel();
-    for (int i = begin; i < end; ++i) {
-      const Head head = head_of(i);
-      const Pair x = row < 0 ? Pair{} : load_pair(place(head));
-      Vectors vectors = kEarly ? load_vectors(head) : Vectors{};
-      if (head.added.rank > 0)
-        compute_addition<Expand>(args.delta, rows, head.added, operands, sums, head.index * kHeadDim, kHeadDim);
-      if (i + 1 < end) fetch_b(head_of(i + 1));  // the operands have been read; the sums are until the next barrier
-      if (!kEarly) vectors = load_vectors(head);
-      finish(head, x, vectors);
+  SGL_DEVICE Pair load_pair(const bf16* p) { return {load_vec(p), load_vec(p + kHalf)}; }
+  SGL_DEVICE void store_pair(bf16* p, const Pair& y) {
+    store_vec(p, y.low);
+    store_vec(p + kHalf, y.high);
+  }
+  __device__ __forceinline__ const bf16* norm() const {
+    return slice == 0 ? args.q_weight : slice == 1 ? args.k_weight : nullptr;
+  }
+  __device__ __forceinline__ Pair weight() const {
+    return norm() == nullptr || !exists ? Pair{} : load_pair(norm() + in_head);
+  }
+  __device__ __forceinline__ Pair bias() const {
+    return args.bias == nullptr || !exists ? Pair{} : load_pair(args.bias + column);
+  }
+  __device__ __forceinline__ Turn turn(int row) const {
+    if (row < 0) return Turn{};
+    const float* angles = args.cos_sin + args.positions[row] * kHeadDim + in_head;
+    return {load_floats(angles), load_floats(angles + kHalf)};
+  }
+  __device__ __forceinline__ int64_t loc(int row) const {
+    return row >= 0 && args.k_pool != nullptr ? args.locs[row] : 0;
+  }
+  __device__ __forceinline__ Pair load(int row) const {
+    return row < 0 || !exists ? Pair{} : load_pair(args.qkv + row * args.qkv_stride + column);
+  }
+
+  __device__ __forceinline__ void add_bias(Float8& low, Float8& high, const Pair& bias) const {
+    if (args.bias == nullptr) return;
+    add(low, unpack(bias.low));
+    add(high, unpack(bias.high));
+  }
+  SGL_DEVICE float squares(const Float8& low, const Float8& high) { return add_squares(add_squares(0.f, low), high); }
+  __device__ __forceinline__ void normalise(Float8& low, Float8& high, float squares, const Pair& weight) const {
+    if (norm() == nullptr) return;
+    const Float8 low_weight = unpack(weight.low), high_weight = unpack(weight.high);
+    const float scale = rsqrt(multiply_add(squares, 1.f / kHeadDim, args.eps));
+    SGL_UNROLL
+    for (int c = 0; c < 8; ++c) {
+      low.v[c] = low.v[c] * scale * low_weight.v[c];
+      high.v[c] = high.v[c] * scale * high_weight.v[c];
+    }
+  }
+  // Turns q and k, and writes the row.
+  __device__ __forceinline__ void finish(Float8& low, Float8& high, const Turn& turn, int row, int64_t loc) const {
+    if (row < 0 || !exists) return;
+    if (slice < 2)
+      SGL_UNROLL
+      for (int c = 0; c < 8; ++c) {
+        const float turned = multiply_add(low.v[c], turn.cosine.v[c], -(high.v[c] * turn.sine.v[c]));
+        high.v[c] = multiply_add(high.v[c], turn.cosine.v[c], low.v[c] * turn.sine.v[c]);
+        low.v[c] = turned;
+      }
+    const Pair y = {pack(low), pack(high)};
+    store_pair(args.qkv + row * args.qkv_stride + column, y);
+    if (slice == 0 || args.k_pool == nullptr) return;
+    bf16* const pool = slice == 1 ? args.k_pool : args.v_pool;
+    store_pair(pool + (loc * args.num_kv_heads + index) * kHeadDim + in_head, y);
+  }
+};
+
+SGL_DEVICE bool has_norm(const RopeArgs& args) { return args.q_weight != nullptr || args.k_weight != nullptr; }
+
+// Without a low-rank term: kHeadDim / 16 lanes have a row of a head, a block sixteen rows of some heads one after
+// another.
+// Grid: x = ceil((num_heads + 2 num_kv_heads) / block_heads), y = ceil(tokens / kRopeRows).
+template <int kHeadDim>
+SGL_DEVICE void qk_norm_rope_plain(const RopeArgs& args) {
+  constexpr int kLanes = kHeadDim / 16;
+  let_next_kernel_start();
+  const int in_head = thread_id() % kLanes * 8, heads = args.num_heads + 2 * args.num_kv_heads;
+  const Rows rows = neighbouring_rows(args.tokens, block_y(), kRopeRows);
+  const int row = row_of(rows, thread_id() / kLanes), begin = block_x() * args.block_heads;
+  const Turn turn = Head<kHeadDim>(args, begin, in_head).turn(row);
+  const int64_t loc = Head<kHeadDim>(args, begin, in_head).loc(row);
+  SGL_NO_UNROLL
+  for (int i = begin; i < begin + args.block_heads && i < heads; ++i) {
+    const Head<kHeadDim> head(args, i, in_head);
+    const Pair weight = head.weight(), bias = head.bias();
+    if (i == begin) wait_for_previous_kernel();
+    const Pair x = head.load(row);
+    Float8 low = unpack(x.low), high = unpack(x.high);
+    head.add_bias(low, high, bias);
+    if (has_norm(args)) {
+      float squares = head.squares(low, high);
+      squares += shuffle_xor(squares, 2);
+      squares += shuffle_xor(squares, 1);
+      SGL_UNROLL
+      for (int mask = 4; mask < kLanes; mask *= 2) squares += shuffle_xor(squares, mask);
+      head.normalise(low, high, squares, weight);
+    }
+    head.finish(low, high, turn, row, loc);
+  }
+}
+
+// With one: a warp has a strip of the first half of a head and the strip that it turns with. What is static and small is fetched ahead
+// with kEarly; for prompts the registers are worth more.
+template <int kHeadDim, int kSteps, bool kEarly>
+struct QkNormRope {
+  static constexpr int kRows = Strip::kRows;
+  static constexpr int kWarps = kHeadDim / (2 * Strip::kColumns);  // of a head
+
+  const RopeArgs& args;
+  const Rows& rows;
+  const Head<kHeadDim> head;
+  bool buffer;
+
+  __device__ __forceinline__ QkNormRope(const RopeArgs& args_, const Rows& rows_)
+      : args(args_), rows(rows_), head(args_, block_x() * args_.block_heads + warp_id() / kWarps, in_head()), buffer(false) {}
+
+  __device__ __forceinline__ void run() {
+    const Module module = module_of(args.delta, head.exists ? rows.slot : -1, rows.rank, head.slice);
+    BStrip<kSteps> low_b, high_b;
+    if (module.b != nullptr) {
+      const int first = head.index * kHeadDim + in_head() - Strip::column();
+      low_b.fetch(module, first, Strip::kColumns);
+      high_b.fetch(module, first + kHeadDim / 2, Strip::kColumns);
+    }
+    Pair weight, bias;
+    if (kEarly) weight = head.weight(), bias = head.bias();
+    SGL_NO_UNROLL
+    for (int begin = 0; begin < rows.count; begin += 16) {
+      const StripRows strip(rows, begin);
+      int64_t loc[kRows];
+      Turn turn[kRows];
+      SGL_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        if (!kEarly || strip.skips(i)) continue;
+        loc[i] = head.loc(strip.row[i]);
+        turn[i] = head.turn(strip.row[i]);
+      }
+      if (begin == 0) wait_for_previous_kernel();
+      Pair x[kRows];
+      SGL_UNROLL
+      for (int i = 0; i < kRows; ++i) x[i] = head.load(strip.row[i]);
+      Strip low_term = {}, high_term = {};
+      if (module.b != nullptr) {
+        UStrip<kSteps> u;
+        u.fetch(module, strip.row);
+        low_term = multiply(module, low_b, u);
+        high_term = multiply(module, high_b, u);
+      }
+      if (!kEarly) weight = head.weight(), bias = head.bias();
+      Float8 low[kRows], high[kRows];
+      float squares[kRows];
+      SGL_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        if (strip.skips(i)) continue;
+        low[i] = unpack(x[i].low);
+        high[i] = unpack(x[i].high);
+        head.add_bias(low[i], high[i], bias);
+        add_term(low[i], module, low_term, i);
+        add_term(high[i], module, high_term, i);
+        if (has_norm(args)) squares[i] = sum_strip_row(head.squares(low[i], high[i]));
+      }
+      if (has_norm(args)) add_warps(squares);
+      SGL_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        if (strip.skips(i)) continue;
+        head.normalise(low[i], high[i], squares[i], weight);
+        const int row = strip.row[i];
+        head.finish(low[i], high[i], kEarly ? turn[i] : head.turn(row), row, kEarly ? loc[i] : head.loc(row));
+      }
     }
   }
 
  private:
-  __device__ __forceinline__ int index() const { return thread_id() / kLanes; }
-  __device__ __forceinline__ int lane_column() const { return thread_id() % kLanes * 8; }
-  __device__ __forceinline__ bf16* place(const Head& head) const {
-    return args.qkv + row * args.qkv_stride + head.column + lane_column();
-  }
-  __device__ __forceinline__ Pair load_pair(const bf16* p) const { return {load_vec(p), load_vec(p + kHalf)}; }
-  __device__ __forceinline__ Vectors load_vectors(const Head& head) const {
-    return {norm_weight(head) == nullptr ? Pair{} : load_pair(norm_weight(head) + lane_column()),
-            args.bias == nullptr ? Pair{} : load_pair(args.bias + head.column + lane_column())};
-  }
-  __device__ __forceinline__ const bf16* norm_weight(const Head& head) const {
-    return head.slice == 0 ? args.q_weight : head.slice == 1 ? args.k_weight : nullptr;
-  }
+  SGL_DEVICE int in_head() { return warp_id() % kWarps * Strip::kColumns + Strip::column(); }
 
-  __device__ __forceinline__ Head head_of(int i) const {
-    const int q = args.num_heads, kv = args.num_kv_heads, slice = i < q ? 0 : i < q + kv ? 1 : 2;
-    const int before = slice == 0 ? 0 : slice == 1 ? q : q + kv;
-    return {slice, i - before, i * kHeadDim, addition_of(args.delta, rows, slice)};
-  }
-  __device__ __forceinline__ void fetch_b(const Head& head) const {
-    if (head.added.rank > 0) Expand::prefetch(operands, head.added.b, head.added.rank, head.index * kHeadDim, kHeadDim);
-  }
-  __device__ __forceinline__ void prefetch_vectors(const Head& head) const {
-    if (thread_id() * 64 >= kHeadDim) return;
-    if (args.bias != nullptr) prefetch_l2(args.bias + head.column + thread_id() * 64);
-    if (norm_weight(head) != nullptr) prefetch_l2(norm_weight(head) + thread_id() * 64);
-  }
-
-  __device__ __forceinline__ void finish(const Head& head, const Pair& x, const Vectors& vectors) const {
-    Float8 low = unpack(x.low), high = unpack(x.high);
-    if (args.bias != nullptr) {
-      add(low, unpack(vectors.bias.low));
-      add(high, unpack(vectors.bias.high));
-    }
-    if (head.added.rank > 0 && row >= 0) {
-      const float* delta = sums + index() * Expand::kDeltaStride + lane_column();
-      add(low, load_floats(delta));
-      add(high, load_floats(delta + kHalf));
-    }
-    if (norm_weight(head) != nullptr) normalise(low, high, vectors.weight);
-    if (head.slice < 2) rotate(low, high);
-    if (row >= 0) store(head, {pack(low), pack(high)});
-  }
-
-  __device__ __forceinline__ void normalise(Float8& low, Float8& high, const Pair& weight) const {
-    const float sum = sum_lanes<kLanes>(add_squares(add_squares(0.f, low), high));
-    const float scale = rsqrt(multiply_add(sum, 1.f / kHeadDim, args.eps));
-    const Float8 low_weight = unpack(weight.low), high_weight = unpack(weight.high);
+  // From the squares of a warp's strips those of its head. All warps of a block come here equally often.
+  __device__ __forceinline__ void add_warps(float (&squares)[kRows]) {
+    if (kWarps == 1) return;
+    // Two buffers: a warp that is ahead by one step writes where nobody reads.
+    float* const sums = reinterpret_cast<float*>(shared_memory()) + buffer * args.block_heads * kWarps * 16;
+    buffer = !buffer;
+    if (Strip::column() == 0)
+      SGL_UNROLL
+      for (int i = 0; i < kRows; ++i) sums[warp_id() * 16 + Strip::row(i)] = squares[i];
+    barrier();
+    const float* const own = sums + warp_id() / kWarps * kWarps * 16;
     SGL_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      low.v[i] = low.v[i] * scale * low_weight.v[i];
-      high.v[i] = high.v[i] * scale * high_weight.v[i];
+    for (int i = 0; i < kRows; ++i) {
+      squares[i] = 0.f;
+      SGL_UNROLL
+      for (int other = 0; other < kWarps; other += 2)
+        squares[i] += own[other * 16 + Strip::row(i)] + own[(other + 1) * 16 + Strip::row(i)];
     }
-  }
-
-  __device__ __forceinline__ void rotate(Float8& low, Float8& high) const {
-    SGL_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      const float turned = multiply_add(low.v[i], cosine.v[i], -(high.v[i] * sine.v[i]));
-      high.v[i] = multiply_add(high.v[i], cosine.v[i], low.v[i] * sine.v[i]);
-      low.v[i] = turned;
-    }
-  }
-
-  __device__ __forceinline__ void store(const Head& head, const Pair& y) const {
-    store_pair(place(head), y);
-    if (head.slice == 0 || args.k_pool == nullptr) return;
-    bf16* const pool = head.slice == 1 ? args.k_pool : args.v_pool;
-    store_pair(pool + (loc * args.num_kv_heads + head.index) * kHeadDim + lane_column(), y);
-  }
-  __device__ __forceinline__ void store_pair(bf16* p, const Pair& y) const {
-    store_vec(p, y.low);
-    store_vec(p + kHalf, y.high);
   }
 };
 
-// Grid: x = ceil((num_heads + 2 num_kv_heads) / block_heads) * pieces, y = tiles of the batch, or without one
-// ceil(tokens / (pieces * kTokens)). A piece is kTokens rows of a tile.
-template <class Kernel>
+// Grid: x = ceil((num_heads + 2 num_kv_heads) / block_heads), each head kHeadDim / 64 warps; y = tiles of the batch.
+template <int kHeadDim, int kSteps, bool kEarly>
 SGL_DEVICE void qk_norm_rope(const RopeArgs& args) {
   let_next_kernel_start();
-  const int heads = args.num_heads + 2 * args.num_kv_heads, blocks = (heads + args.block_heads - 1) / args.block_heads;
-  const int piece = block_x() / blocks, pieces = grid_x() / blocks;
-  const Rows rows = rows_of_block(args.delta.batch, args.tokens, piece, pieces, Kernel::kTokens);
+  const Rows rows = rows_of_tile(args.delta.batch, block_y());
   if (rows.count <= 0) return wait_for_previous_kernel();
-  const int begin = block_x() % blocks * args.block_heads, end = begin + args.block_heads;
-  Kernel(args, rows).run(begin, end < heads ? end : heads);
+  QkNormRope<kHeadDim, kSteps, kEarly>(args, rows).run();
 }
 
 }  // namespace sgl

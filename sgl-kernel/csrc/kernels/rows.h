@@ -1,63 +1,45 @@
-// What the kernels between the products share: the token rows of a block, the low-rank term that is added to them, and
-// eight columns in float32.
+// What the kernels between the products share: the token rows of a block, and eight columns in float32.
 #pragma once
 
 #include "sgl_kernel/expand.h"
+#include "sgl_kernel/geometry.h"
 
 namespace sgl {
 
-// Token rows that a block works on: some of a tile, or, without a batch, neighbours.
+// Token rows that a block works on: those of a tile, or some of them, or, without a batch, neighbours.
 struct Rows {
   const int32_t* perm;  // null: the rows first, first + 1, ...
   int first, count;     // count <= 0: no work
-  int slot;             // -1: the base model
+  int slot, rank;       // -1: the base model
 };
 
-// Tiles are counted along y; each is cut into `pieces` of `size` rows. Without a batch the rows 0 ... tokens - 1 are.
-SGL_DEVICE Rows rows_of_block(const LoraBatch& batch, int tokens, int piece, int pieces, int size) {
-  if (batch.header == nullptr) {
-    const int first = (block_y() * pieces + piece) * size, left = tokens - first;
-    return {nullptr, first, left < size ? left : size, -1};
-  }
-  if (block_y() >= num_tiles(batch)) return {nullptr, 0, 0, -1};
-  const Tile tile = read_tile(batch, block_y());
-  const int left = tile.count - piece * size;
-  return {batch.perm, tile.start + piece * size, left < size ? left : size, tile.slot};
+// Rows [piece * size, (piece + 1) * size) of all.
+SGL_DEVICE Rows neighbouring_rows(int tokens, int piece, int size) {
+  const int first = piece * size, left = tokens - first;
+  return {nullptr, first, left < size ? left : size, -1, 0};
 }
+SGL_DEVICE Rows rows_of_tile(const LoraBatch& batch, int index) {
+  const Tile tile = read_tile(batch, index);
+  return {batch.perm, tile.start, tile.count, tile.slot, tile.rank};
+}
+// Row i of the block in the matrices, -1 beyond its rows.
 SGL_DEVICE int row_of(const Rows& rows, int i) {
+  if (i >= rows.count) return -1;
   return rows.perm == nullptr ? rows.first + i : rows.perm[rows.first + i];
 }
 
-// What one slice of an adapter adds to a block's rows. Rank 0: nothing, and then not even a zero is added, so that the
-// rows keep the bits they have without adapters.
-struct Addition {
-  const bf16* b;
-  int rank;
-  float scale;
-  int slice;
-};
-SGL_DEVICE Addition addition_of(const LoraDelta& delta, const Rows& rows, int slice) {
-  if (rows.slot < 0) return {nullptr, 0, 0.f, slice};
-  const Slice module = read_slice(delta.site, rows.slot, slice);
-  // Three constants rather than an index: an array of arguments that is indexed would be copied to memory first.
-  const bf16* b = slice == 0   ? b_of(delta.site, rows.slot, 0)
-                  : slice == 1 ? b_of(delta.site, rows.slot, 1)
-                               : b_of(delta.site, rows.slot, 2);
-  return {b, module.rank, module.scale, slice};
-}
+// This lane's rows of a strip.
+struct StripRows {
+  int row[Strip::kRows];
+  bool few;  // no lane has a row other than its first
 
-// The term of the columns [first, first + columns) of a slice for a block's rows. Expand::prefetch came before.
-template <class Expand>
-SGL_DEVICE void compute_addition(const LoraDelta& delta, const Rows& rows, const Addition& added, uint8_t* operands,
-                                 float* sums, int first, int columns) {
-  Expand::compute(operands, sums, added.b, added.rank, added.scale, first, columns, [&](int t) -> const bf16* {
-    return t < rows.count ? u_of(delta, row_of(rows, t), rows.slot, added.slice) : nullptr;
-  });
-}
-
-struct Float8 {
-  float v[8];
+  __device__ __forceinline__ StripRows(const Rows& rows, int begin) : few(rows.count - begin <= 8) {
+    SGL_UNROLL
+    for (int i = 0; i < Strip::kRows; ++i) row[i] = row_of(rows, begin + Strip::row(i));
+  }
+  __device__ __forceinline__ bool skips(int i) const { return i > 0 && few; }
 };
+
 SGL_DEVICE Float8 unpack(const Vec8& packed) {
   Float8 f;
   SGL_UNROLL
@@ -87,13 +69,6 @@ SGL_DEVICE float add_squares(float sum, const Float8& f) {
   SGL_UNROLL
   for (int i = 0; i < 8; ++i) sum = multiply_add(f.v[i], f.v[i], sum);
   return sum;
-}
-// The sum over `kLanes` neighbouring lanes, the same bits in each; all lanes of the warp take part.
-template <int kLanes>
-SGL_DEVICE float sum_lanes(float value) {
-  SGL_UNROLL
-  for (int mask = kLanes / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
-  return value;
 }
 
 }  // namespace sgl

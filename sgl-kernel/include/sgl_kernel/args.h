@@ -26,7 +26,6 @@ struct LoraSite {
 
 // The batch buffer of README.md, cut into its parts; null where no row has an adapter.
 struct LoraBatch {
-  const int32_t* header;
   const int32_t* perm;
   const int32_t* token_slot;
   const int32_t* tiles;
@@ -50,8 +49,9 @@ struct GemmArgs {
   int64_t x_stride, weight_stride, y_stride;
   int32_t tokens, in_features, out_features;
   int32_t num_splits;  // blocks of a cluster, each with its part of K
-  int32_t base_tiles;  // tiles of y's columns; what comes after them is u's
-  int32_t max_units;   // with those of u for as many live slots as there may be
+  int32_t base_tiles;  // of y's columns
+  int32_t max_live;    // live slots that there may be
+  int32_t a_units;     // and tiles of u's columns of all of them
   LoraSite site;
   LoraBatch batch;
   uint16_t* u;
@@ -80,8 +80,8 @@ struct NormArgs {
   const uint16_t* weight;
   int64_t x_stride, residual_stride, out_stride;
   int32_t tokens, hidden;
-  int32_t block_tokens;  // token rows a block takes: a power of two, at most norm_tokens()
-  int32_t staged, held;  // norm_staged() and norm_held()
+  int32_t block_tokens;         // token rows a block takes: a power of two, at most kNormRows
+  int32_t parts, turns, staged, held;  // norm_block_parts(), norm_turns(), norm_staged() and norm_held()
   float eps;
   LoraDelta delta;
 };
@@ -106,7 +106,7 @@ struct RopeArgs {
   const int64_t* locs;  // row of the pools for every token
   int64_t qkv_stride;
   int32_t tokens, num_heads, num_kv_heads;
-  int32_t block_heads;  // heads that a block takes, one after another
+  int32_t block_heads;  // that a block takes
   float eps;
   LoraDelta delta;
 };

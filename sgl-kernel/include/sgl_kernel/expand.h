@@ -1,112 +1,110 @@
-// The low-rank term of a tile of outputs: delta[token][column] = scale * (B u), in shared memory, in float32.
+// The low-rank term of a strip, 32 columns of up to sixteen token rows: scale * (B u), added where the lanes have the rows
+// anyway.
 //
-// Used by the plain expand kernel and by every kernel that reads a projection's output anyway. The tile is computed by the matrix units with the
-// columns as rows of the product, so one token costs as little as sixteen; it is then read back in whatever order the
-// consumer likes. A sum runs over the rank in steps of 16 and depends on nothing else.
+// Used by the plain expand kernel and by every kernel that reads a projection's output. A warp multiplies
+// out of registers: no shared memory, no barrier. B is static, so a kernel fetches it before the one ahead of it has
+// finished, and keeps it while it walks over token rows. A sum runs over the rank in steps of sixteen and depends on
+// nothing else.
 #pragma once
 
 #include "lora.h"
 
 namespace sgl {
 
-template <int kTokens_, int kColumns_>
-struct ExpandTile {
-  static constexpr int kTokens = kTokens_;
-  static constexpr int kColumns = kColumns_;
-  static constexpr int kThreads = kColumns / 16 * kWarp;
-  static constexpr int kDepth = 64;  // of the rank at once
-  static constexpr int kOperandStride = kDepth + 8;  // elements; rows start in different banks
-  static constexpr int kDeltaStride = kColumns + 4;  // floats
-  static constexpr int kColumnBytes = kColumns * kOperandStride * 2;
-  static constexpr int kOperandBytes = kColumnBytes + kTokens * kOperandStride * 2;
-  static constexpr int kDeltaBytes = kTokens * kDeltaStride * 4;
-
-  // Start fetching the first part of B, rows [first, first + columns) of [out, b_stride(rank)]: B is static, so this may
-  // come before wait_for_previous_kernel.
-  SGL_DEVICE void prefetch(uint8_t* operands, const bf16* b, int rank, int first, int columns) {
-    fetch_columns(operands, b, rank, first, columns, 0);
-  }
-
-  // After prefetch. `token_u(t)` is the row of u of token t of the tile, null for none. `operands` has kOperandBytes,
-  // `delta` kDeltaBytes; both are this block's alone. Ends with a barrier: delta may be read.
-  template <class TokenU>
-  SGL_DEVICE void compute(uint8_t* operands, float* delta, const bf16* b, int rank, float scale, int first, int columns,
-                          TokenU token_u) {
-    Accumulator sums[kTokens / 16];
-    SGL_UNROLL
-    for (int t = 0; t < kTokens / 16; ++t)
-      SGL_UNROLL
-      for (int i = 0; i < Accumulator::kSize; ++i) sums[t].v[i] = 0.f;
-    const uint8_t* tokens = operands + kColumnBytes;
-    for (int k = 0; k < rank; k += kDepth) {
-      if (k > 0) {
-        barrier();  // the operands of the step before have been read
-        fetch_columns(operands, b, rank, first, columns, k);
-      }
-      fetch_tokens(operands + kColumnBytes, token_u, rank, k);
-      async_commit();
-      async_wait<0>();
-      barrier();
-      const int steps = (rank - k + 15) / 16;
-      for (int step = 0; step < steps && step < kDepth / 16; ++step) {
-        const Fragment a = load_fragment([&](int row, int half) {
-          return operands + ((warp_id() * 16 + row) * kOperandStride + step * 16 + half * 8) * 2;
-        });
-        SGL_UNROLL
-        for (int t = 0; t < kTokens / 16; ++t) {
-          const Fragment u = load_fragment([&](int row, int half) {
-            return tokens + ((t * 16 + row) * kOperandStride + step * 16 + half * 8) * 2;
-          });
-          mma(sums[t], a, u);
-        }
-      }
-    }
-    SGL_UNROLL
-    for (int t = 0; t < kTokens / 16; ++t)
-      SGL_UNROLL
-      for (int i = 0; i < Accumulator::kSize; ++i)
-        delta[(t * 16 + Accumulator::column(i)) * kDeltaStride + warp_id() * 16 + Accumulator::row(i)] =
-            scale * sums[t].v[i];
-    barrier();
-  }
-
- private:
-  // Chunks of eight along the rank; those that no step reads are left out, those beyond the rank are zeros.
-  SGL_DEVICE void fetch_columns(uint8_t* operands, const bf16* b, int rank, int first, int columns, int k_begin) {
-    const int left = (rank - k_begin + 15) / 16 * 2, chunks = left < kDepth / 8 ? left : kDepth / 8;
-    const int stride = b_stride(rank);
-    for (int i = thread_id(); i < kColumns * chunks; i += kThreads) {
-      const int column = i / chunks, chunk = i % chunks, k = k_begin + chunk * 8;
-      const int bytes = column < columns ? bytes_of(rank - k) : 0;
-      const bf16* source = b + static_cast<int64_t>(first + column) * stride + k;
-      async_copy16(operands + (column * kOperandStride + chunk * 8) * 2, bytes ? source : nullptr, bytes);
-    }
-  }
-  template <class TokenU>
-  SGL_DEVICE void fetch_tokens(uint8_t* tokens, TokenU token_u, int rank, int k_begin) {
-    const int left = (rank - k_begin + 15) / 16 * 2, chunks = left < kDepth / 8 ? left : kDepth / 8;
-    for (int i = thread_id(); i < kTokens * chunks; i += kThreads) {
-      const int token = i / chunks, chunk = i % chunks, k = k_begin + chunk * 8;
-      const bf16* u = token_u(token);
-      const int bytes = u != nullptr ? bytes_of(rank - k) : 0;
-      async_copy16(tokens + (token * kOperandStride + chunk * 8) * 2, bytes ? u + k : nullptr, bytes);
-    }
-  }
-  SGL_DEVICE int bytes_of(int elements) { return elements <= 0 ? 0 : elements >= 8 ? 16 : elements * 2; }
+struct Float8 {
+  float v[8];
 };
 
-// Row `row` of u, at the columns of a slice.
-SGL_DEVICE const bf16* u_of(const LoraDelta& delta, int row, int slot, int slice) {
-  return delta.u + row * delta.u_stride + slot * delta.u_slot_stride + slice * delta.site.rank_cap;
+// One slice of the adapter of a block's rows. Rank 0: nothing, and then not even a zero is added, so that rows keep the
+// bits they have without adapters.
+struct Module {
+  const bf16 *b, *u;
+  int64_t u_stride;
+  int rank, b_stride;
+  float scale;
+};
+SGL_DEVICE Module module_of(const LoraDelta& delta, int slot, int rank, int slice) {
+  if (slot < 0) return {nullptr, nullptr, 0, 0, 0, 0.f};
+  const Slice own = read_slice(delta.site, slot, slice);
+  const bf16* u = delta.u + slot * delta.u_slot_stride + slice * delta.site.rank_cap;
+  return {b_of(delta.site, slot, slice), u, delta.u_stride, own.rank, b_stride(rank), own.scale};
 }
 
-// Eight consecutive bf16 plus eight float32, rounded once.
-SGL_DEVICE Vec8 add_delta(const Vec8& y, const float* delta) {
-  Vec8 sum;
+// Four elements from `k` on of one column's row of B; beyond the adapter's rank there are zeros up to the stride.
+SGL_DEVICE Vec4 load_b(const Module& module, int column, bool exists, int k) {
+  if (!exists || k >= module.b_stride) return Vec4{};
+  return load_vec4(module.b + column * module.b_stride + k);
+}
+// Four elements of a row of u (negative: of none), with zeros from the module's rank on.
+SGL_DEVICE Vec4 load_u(const Module& module, int row, int k) {
+  const int left = module.rank - k;
+  if (row < 0 || left <= 0) return Vec4{};
+  Vec4 u = load_vec4(module.u + row * module.u_stride + k);
+  if (left < 4) {
+    u.w[0] &= left == 1 ? 0xffffu : ~0u;
+    u.w[1] &= left == 3 ? 0xffffu : 0u;
+  }
+  return u;
+}
+
+// B of 32 columns of a slice, from `first` on, of which `columns` exist: the first 16 kSteps ranks.
+template <int kSteps>
+struct BStrip {
+  int first, columns;
+  Vec4 held[kSteps][Strip::kParts];
+
+  __device__ __forceinline__ void fetch(const Module& module, int first_, int columns_) {
+    first = first_;
+    columns = columns_;
+    SGL_UNROLL
+    for (int step = 0; step < kSteps; ++step) load(held[step], module, 16 * step);
+  }
+  __device__ __forceinline__ void load(Vec4 (&parts)[Strip::kParts], const Module& module, int k) const {
+    SGL_UNROLL
+    for (int j = 0; j < Strip::kParts; ++j)
+      parts[j] = load_b(module, first + Strip::part(j), Strip::part(j) < columns, k + Strip::k());
+  }
+};
+
+// u of this lane's rows, the same ranks.
+template <int kSteps>
+struct UStrip {
+  int row[Strip::kRows];
+  Vec4 held[kSteps][Strip::kRows];
+
+  __device__ __forceinline__ void fetch(const Module& module, const int (&row_)[Strip::kRows]) {
+    SGL_UNROLL
+    for (int i = 0; i < Strip::kRows; ++i) row[i] = row_[i];
+    SGL_UNROLL
+    for (int step = 0; step < kSteps; ++step) load(held[step], module, 16 * step);
+  }
+  __device__ __forceinline__ void load(Vec4 (&rows)[Strip::kRows], const Module& module, int k) const {
+    SGL_UNROLL
+    for (int i = 0; i < Strip::kRows; ++i) rows[i] = load_u(module, row[i], k + Strip::k());
+  }
+};
+
+// B u for this lane's columns and rows. All lanes of a warp take part.
+template <int kSteps>
+SGL_DEVICE Strip multiply(const Module& module, const BStrip<kSteps>& b, const UStrip<kSteps>& u) {
+  Strip sum = {};
   SGL_UNROLL
-  for (int i = 0; i < 4; ++i)
-    sum.w[i] = pack_bf16(low_float(y.w[i]) + delta[2 * i], high_float(y.w[i]) + delta[2 * i + 1]);
+  for (int step = 0; step < kSteps; ++step)
+    if (16 * step < module.rank) mma(sum, u.held[step], b.held[step]);
+  SGL_NO_UNROLL
+  for (int k = 16 * kSteps; k < module.rank; k += 16) {
+    Vec4 rows[Strip::kRows], parts[Strip::kParts];
+    u.load(rows, module, k);
+    b.load(parts, module, k);
+    mma(sum, rows, parts);
+  }
   return sum;
+}
+// y of row i, with its term.
+SGL_DEVICE void add_term(Float8& y, const Module& module, const Strip& product, int i) {
+  if (module.rank == 0) return;
+  SGL_UNROLL
+  for (int c = 0; c < 8; ++c) y.v[c] = multiply_add(module.scale, product.v[i][c], y.v[c]);
 }
 
 }  // namespace sgl

@@ -34,87 +34,83 @@ constexpr int gemm_shared_bytes(int warp, int rows, int tokens) {
   return larger(gemm_stages(warp, rows, tokens) * (rows + tokens) * 128, tokens * (rows + 4) * 4);
 }
 
-// ---- the low-rank term of a tile (expand.h) ------------------------------------------------------------------------
+// ---- kernels that add a low-rank term (expand.h) -------------------------------------------------------------------
+// Each is compiled for ranks up to 16 and 64 in registers; higher ranks are fetched as they are needed.
 
-constexpr int expand_threads(int warp, int columns) { return columns / 16 * warp; }
-constexpr int expand_operand_bytes(int tokens, int columns) { return (columns + tokens) * (64 + 8) * 2; }
-constexpr int expand_delta_bytes(int tokens, int columns) { return tokens * (columns + 4) * 4; }
-constexpr int expand_shared_bytes(int tokens, int columns) {
-  return expand_operand_bytes(tokens, columns) + expand_delta_bytes(tokens, columns);
-}
+constexpr int kStripColumns = 32;  // of a warp
+
+constexpr int expand_warps(int warp) { return 128 / warp; }
+constexpr int expand_threads(int warp) { return expand_warps(warp) * warp; }
+constexpr int expand_blocks(int warp, int columns) { return ceil_div(columns, expand_warps(warp) * kStripColumns); }
 
 // ---- residual add and norm (norm.h) --------------------------------------------------------------------------------
-// `tile` is 16 or 64, as in the kernel's name; token rows a block takes are a power of two up to norm_tokens().
+// `lora` is whether there is a low-rank term: then lanes have their columns in another order.
 
-constexpr int kNormPart = 128;  // columns of a row whose squares are one sum
+constexpr int kNormPart = 32;  // columns of a row whose squares are one sum
+constexpr int kNormRows = 16;  // token rows of a block at most
 constexpr int kMaxHidden = 16384;
 constexpr int kMaxCluster = 8;
 
-constexpr int norm_tokens(int tile) { return tile == 16 ? 16 : 32; }
-constexpr int norm_columns(int tile) { return tile == 16 ? 256 : 128; }  // of the low-rank term at once
-constexpr int norm_threads(int warp, int tile) { return expand_threads(warp, norm_columns(tile)); }
-// Rows that the threads cover at once with eight columns each, and how often they do for all rows of a block.
-constexpr int norm_row_groups(int warp, int tile) { return norm_threads(warp, tile) / (norm_columns(tile) / 8); }
-constexpr int norm_passes(int warp, int tile) { return ceil_div(norm_tokens(tile), norm_row_groups(warp, tile)); }
+constexpr int norm_warps(int warp) { return 256 / warp; }
+constexpr int norm_threads(int warp) { return norm_warps(warp) * warp; }
 constexpr int norm_cluster(int tile, int hidden) {  // a good size where blocks can form clusters; 1 elsewhere
-  const int wanted = ceil_div(hidden, tile == 16 ? 256 : 512);
+  const int wanted = ceil_div(hidden, tile == 16 ? 256 : 2048);
   return wanted > 4 ? 8 : wanted > 2 ? 4 : wanted;
 }
-constexpr int norm_block_columns(int hidden, int cluster) {
-  return ceil_div(ceil_div(hidden, kNormPart), cluster) * kNormPart;
+// Parts that a block has, that its threads have at once, and the turns that it takes.
+constexpr int norm_block_parts(int hidden, int cluster) { return ceil_div(ceil_div(hidden, kNormPart), cluster); }
+constexpr int norm_parts_at_once(int warp, int block_tokens, bool lora) {
+  return lora ? norm_warps(warp) : norm_threads(warp) / 4 / block_tokens;
 }
-constexpr int norm_step_bytes(int warp, int tile) { return norm_passes(warp, tile) * norm_threads(warp, tile) * 16; }
+constexpr int norm_turns(int warp, int hidden, int cluster, int block_tokens, bool lora) {
+  return ceil_div(norm_block_parts(hidden, cluster), norm_parts_at_once(warp, block_tokens, lora));
+}
+constexpr int norm_turn_bytes(int warp, bool lora) { return norm_threads(warp) * (lora && warp == 32 ? 2 : 1) * 16; }
 // Shared memory without the two parts that may be smaller than a row.
-constexpr int norm_fixed_bytes(int tile, int hidden, int cluster, bool delta) {
-  const int sums = (norm_block_columns(hidden, cluster) / kNormPart + 1) * norm_tokens(tile) * 4;
-  return sums + (delta ? expand_shared_bytes(norm_tokens(tile), norm_columns(tile)) : 0);
-}
-constexpr int norm_room(int warp, int tile, int hidden, int cluster, bool delta) {
-  return (warp == 64 ? 65536 : 98304) - norm_fixed_bytes(tile, hidden, cluster, delta);
+constexpr int norm_fixed_bytes(int hidden, int cluster) { return (norm_block_parts(hidden, cluster) + 1) * kNormRows * 4; }
+constexpr int norm_room(int warp, int hidden, int cluster) {
+  return (warp == 64 ? 65536 : 98304) - norm_fixed_bytes(hidden, cluster);
 }
 // Columns of the weight that are fetched into shared memory ahead of the previous kernel's end.
-constexpr int norm_staged(int warp, int tile, int hidden, int cluster, bool delta) {
-  const int room = norm_room(warp, tile, hidden, cluster, delta) / 16 * 8;
-  return smaller(smaller(norm_block_columns(hidden, cluster), 4096), room);
+constexpr int norm_staged(int hidden, int cluster) {
+  return smaller(norm_block_parts(hidden, cluster) * kNormPart, 4096);
 }
-// Steps in which a block walks its columns; without a low-rank term fewer rows leave threads for more of them.
-constexpr int norm_steps(int warp, int tile, int hidden, int cluster, int block_tokens, bool delta) {
-  const int row_groups = norm_row_groups(warp, tile), rows = delta ? row_groups : smaller(block_tokens, row_groups);
-  return ceil_div(norm_block_columns(hidden, cluster), norm_threads(warp, tile) * 8 / rows);
+// Turns whose sums stay in shared memory until they are normalised; those of others are read again.
+constexpr int norm_held(int warp, int hidden, int cluster, int block_tokens, bool lora) {
+  const int room = norm_room(warp, hidden, cluster) - norm_staged(hidden, cluster) * 2;
+  return smaller(norm_turns(warp, hidden, cluster, block_tokens, lora), room / norm_turn_bytes(warp, lora));
 }
-// Steps whose sums stay in shared memory until they are normalised; those of others are read again.
-constexpr int norm_held(int warp, int tile, int hidden, int cluster, int block_tokens, bool delta) {
-  const int room = norm_room(warp, tile, hidden, cluster, delta) - norm_staged(warp, tile, hidden, cluster, delta) * 2;
-  const int steps = norm_steps(warp, tile, hidden, cluster, block_tokens, delta);
-  const int most = tile == 16 ? room : smaller(room, 40960);  // with more, fewer blocks would run at once
-  return smaller(steps, most / norm_step_bytes(warp, tile));
-}
-constexpr int norm_shared_bytes(int warp, int tile, int hidden, int cluster, int block_tokens, bool delta) {
-  return norm_fixed_bytes(tile, hidden, cluster, delta) + norm_staged(warp, tile, hidden, cluster, delta) * 2 +
-         norm_held(warp, tile, hidden, cluster, block_tokens, delta) * norm_step_bytes(warp, tile);
+constexpr int norm_shared_bytes(int warp, int hidden, int cluster, int block_tokens, bool lora) {
+  return norm_fixed_bytes(hidden, cluster) + norm_staged(hidden, cluster) * 2 +
+         norm_held(warp, hidden, cluster, block_tokens, lora) * norm_turn_bytes(warp, lora);
 }
 
 // ---- SwiGLU (activation.h) -----------------------------------------------------------------------------------------
 
-constexpr int kActivationColumns = 128;
+constexpr int kActivationRows = 4;  // that a lane takes, without a low-rank term
 
-constexpr int activation_tokens(int warp, int tile) { return tile == 16 ? 16 : warp == 64 ? 64 : 32; }
-constexpr int activation_threads(int warp) { return expand_threads(warp, kActivationColumns); }
-constexpr int activation_shared_bytes(int warp, int tile, bool delta) {
-  // With few tokens gate and up have their own operands, so that both are fetched ahead.
-  const int tokens = activation_tokens(warp, tile);
-  const int operands = expand_operand_bytes(tokens, kActivationColumns) * (tile == 16 ? 2 : 1);
-  return delta ? operands + expand_delta_bytes(tokens, kActivationColumns) : 0;
+constexpr int activation_warps(int warp) { return 128 / warp; }
+constexpr int activation_threads(int warp) { return activation_warps(warp) * warp; }
+constexpr int activation_blocks(int warp, int inner, bool lora) {
+  return ceil_div(inner, lora ? activation_warps(warp) * kStripColumns : activation_threads(warp) * 8);
 }
 
 // ---- head norm and rotation (rope.h) -------------------------------------------------------------------------------
 
-constexpr int rope_tokens(int warp, int head_dim, int tile) {  // as many as have their own lanes, and room
-  return tile == 16 || head_dim == 256 ? 16 : warp == 64 ? 64 : 32;
+// With a low-rank term a head has as many warps as it has pairs of strips; without one, a row of it has as many lanes as
+// it has pairs of eight columns, and a block sixteen rows.
+
+constexpr int kRopeRows = 16;
+
+constexpr int rope_head_warps(int head_dim) { return head_dim / (2 * kStripColumns); }
+constexpr int rope_block_heads(int head_dim, int tile, bool lora) {
+  return tile == 16 ? 1 : lora ? 4 / rope_head_warps(head_dim) : 4;
 }
-constexpr int rope_threads(int warp, int head_dim) { return expand_threads(warp, head_dim); }
-constexpr int rope_shared_bytes(int warp, int head_dim, int tile, bool delta) {
-  return delta ? expand_shared_bytes(rope_tokens(warp, head_dim, tile), head_dim) : 0;
+constexpr int rope_threads(int warp, int head_dim, int block_heads, bool lora) {
+  return lora ? rope_head_warps(head_dim) * block_heads * warp : head_dim;
+}
+constexpr int rope_shared_bytes(int head_dim, int block_heads, bool lora) {  // two buffers of sums of squares
+  return !lora || rope_head_warps(head_dim) == 1 ? 0 : 2 * block_heads * rope_head_warps(head_dim) * 16 * 4;
 }
 
 }  // namespace sgl

@@ -1,4 +1,7 @@
 // Reading slabs and batches: what every kernel that touches adapters shares.
+//
+// What a kernel needs before it can ask for an adapter's first numbers, its slot and rank, is in the batch, so that they are one
+// dependent read away. A module's own rank and scale, which the slab's table has, are needed only with the sums.
 #pragma once
 
 #include "args.h"
@@ -6,19 +9,21 @@
 
 namespace sgl {
 
-struct Tile {  // token rows of one slot: perm[start ... start + count)
-  int start, count, slot;
+struct alignas(16) Tile {  // token rows of one slot: perm[start ... start + count); none where the batch has no such tile
+  int start, count, slot, rank;  // the adapter's rank
 };
-
 SGL_DEVICE Tile read_tile(const LoraBatch& batch, int index) {
-  const int32_t* t = batch.tiles + 4 * index;
-  return {t[0], t[1], t[2]};
+  return *reinterpret_cast<const Tile*>(batch.tiles + 4 * index);
 }
-SGL_DEVICE int num_lora_tiles(const LoraBatch& batch) { return batch.header[0]; }
-SGL_DEVICE int num_tiles(const LoraBatch& batch) { return batch.header[1]; }
-SGL_DEVICE int num_live_slots(const LoraBatch& batch) { return batch.header[3]; }
 
-struct Slice {  // one module of an adapter
+struct alignas(8) Live {  // a slot of the step and its adapter's rank; slot -1 where there are no more
+  int slot, rank;
+};
+SGL_DEVICE Live read_live(const LoraBatch& batch, int index) {
+  return *reinterpret_cast<const Live*>(batch.live + 2 * index);
+}
+
+struct alignas(8) Slice {  // one module of an adapter; rank 0: the adapter has none
   int rank;
   float scale;
 };
@@ -26,39 +31,30 @@ struct Slice {  // one module of an adapter
 SGL_DEVICE const uint8_t* slab_of(const LoraSite& site, int slot) { return site.slabs + slot * site.slab_bytes; }
 
 SGL_DEVICE Slice read_slice(const LoraSite& site, int slot, int slice) {
-  const uint8_t* entry = slab_of(site, slot) + site.table_offset + 8 * slice;
-  return {*reinterpret_cast<const int32_t*>(entry), *reinterpret_cast<const float*>(entry + 4)};
-}
-SGL_DEVICE const bf16* a_of(const LoraSite& site, int slot, int slice) {
-  const int64_t skipped = static_cast<int64_t>(slice) * site.rank_cap * site.in_features;
-  return reinterpret_cast<const bf16*>(slab_of(site, slot) + site.a_offset) + skipped;
+  return *reinterpret_cast<const Slice*>(slab_of(site, slot) + site.table_offset + 8 * slice);
 }
 SGL_DEVICE const bf16* b_of(const LoraSite& site, int slot, int slice) {
-  return reinterpret_cast<const bf16*>(slab_of(site, slot) + site.b_offsets[slice]);
+  // Three constants rather than an index: an array of arguments that is indexed would be copied to memory first.
+  const int64_t offset = slice == 0 ? site.b_offsets[0] : slice == 1 ? site.b_offsets[1] : site.b_offsets[2];
+  return reinterpret_cast<const bf16*>(slab_of(site, slot) + offset);
 }
-SGL_DEVICE int b_stride(int rank) { return (rank + 7) / 8 * 8; }
+SGL_DEVICE int b_stride(int rank) { return (rank + 7) / 8 * 8; }  // of all modules of an adapter of this rank
 
-// The rows of A of all slices of a slot, one slice after another, without the gaps between them.
+// The rows of A of an adapter, as many of every slice as the adapter has ranks: those of a module of a lower rank, or of
+// none, bring columns of u that nobody reads.
 struct ARows {
-  int rank[kMaxSlices];
+  int slot, rank, count;
 
-  SGL_DEVICE ARows of(const LoraSite& site, int slot) {
-    ARows rows;
-    SGL_UNROLL
-    for (int i = 0; i < kMaxSlices; ++i) rows.rank[i] = i < site.num_slices ? read_slice(site, slot, i).rank : 0;
-    return rows;
+  SGL_DEVICE ARows of(const LoraSite& site, int slot, int rank) { return {slot, rank, site.num_slices * rank}; }
+  __device__ __forceinline__ int slice(int row) const { return (row >= rank) + (row >= 2 * rank); }
+  __device__ __forceinline__ const bf16* row(const LoraSite& site, int row) const {
+    const int skipped = slice(row) * (site.rank_cap - rank) + row;
+    return reinterpret_cast<const bf16*>(slab_of(site, slot) + site.a_offset) +
+           static_cast<int64_t>(skipped) * site.in_features;
+  }
+  __device__ __forceinline__ int u_column(const LoraSite& site, int row) const {
+    return slice(row) * (site.rank_cap - rank) + row;
   }
 };
-SGL_DEVICE int count(const ARows& rows) { return rows.rank[0] + rows.rank[1] + rows.rank[2]; }
-
-struct ARow {
-  int slice, row;
-};
-SGL_DEVICE ARow locate(const ARows& rows, int index) {
-  if (index < rows.rank[0]) return {0, index};
-  index -= rows.rank[0];
-  if (index < rows.rank[1]) return {1, index};
-  return {2, index - rows.rank[1]};
-}
 
 }  // namespace sgl

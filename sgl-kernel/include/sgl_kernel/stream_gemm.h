@@ -33,19 +33,20 @@ struct StreamGemm {
   struct Cursor {
     int unit, slice, stage;
 
-    __device__ __forceinline__ void advance(int slices, int stride) {
+    template <class Work>
+    __device__ __forceinline__ void advance(const Work& work, int slices) {
       stage = stage + 1 == kStages ? 0 : stage + 1;
       if (++slice < slices) return;
       slice = 0;
-      unit += stride;
+      unit = work.next(unit);
     }
   };
 
-  // Compute the units first, first + stride, ... as long as work.exists(unit), over k_begin <= k < k_end. `Work` says
-  // what they are: row(unit, r) and token(unit, t), the start of a row of K or null for zeros; tokens(unit), how many there are;
+  // Compute the units work.start(), work.next(...), ... as long as work.exists(unit), over k_begin <= k < k_end. `Work`
+  // says what they are: row(unit, r) and token(unit, t), the start of a row of K or null for zeros; tokens(unit), how many there are;
   // store(unit, row, token, low, high), which takes the sums of `row` and `row + 1`, both of which may be rows for which row() is null.
   template <class Work>
-  SGL_DEVICE void run(const Work& work, int first, int stride, int k_begin, int k_end) {
+  SGL_DEVICE void run(const Work& work, int k_begin, int k_end) {
     uint8_t* const shared = shared_memory();
     const int warp = warp_id(), chunk = lane_id() % 8, loader = lane_id() / 8;
     uint8_t* const ring = shared + warp * kStages * kStageBytes;
@@ -75,11 +76,12 @@ struct StreamGemm {
       for (int i = 0; i < kTokenCopies; ++i) copy(stage + swizzle(loader + i * kLoaders, chunk), tokens[i], k, k_end);
     };
 
+    const int first = work.start();
     Cursor fetched{first, 0, 0};
     for (int i = 0; i < kStages - 1; ++i) {
       if (busy && work.exists(fetched.unit)) {
         copy_rows(fetched);
-        fetched.advance(slices, stride);
+        fetched.advance(work, slices);
       }
       async_commit();
     }
@@ -88,12 +90,12 @@ struct StreamGemm {
     for (int i = 0; i < kStages - 1; ++i) {
       if (busy && work.exists(followed.unit)) {
         copy_tokens(followed);
-        followed.advance(slices, stride);
+        followed.advance(work, slices);
       }
       async_commit();
     }
     int stage = 0;
-    for (int unit = first; work.exists(unit); unit += stride) {
+    for (int unit = first; work.exists(unit); unit = work.next(unit)) {
       Accumulator even = {}, odd = {};
       for (int slice = 0; slice < slices; ++slice) {
         async_wait<kStages - 2>();
@@ -101,7 +103,7 @@ struct StreamGemm {
         if (work.exists(fetched.unit)) {
           copy_rows(fetched);
           copy_tokens(fetched);
-          fetched.advance(slices, stride);
+          fetched.advance(work, slices);
         }
         async_commit();
         multiply(even, odd, ring + stage * kStageBytes);

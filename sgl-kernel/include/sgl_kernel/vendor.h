@@ -34,6 +34,7 @@ using uintptr_t = unsigned long;
 
 #define SGL_DEVICE static __device__ __forceinline__
 #define SGL_UNROLL _Pragma("unroll")
+#define SGL_NO_UNROLL _Pragma("unroll 1")
 
 // A kernel entry point: SGL_KERNEL(threads) name(SGL_ARGS(Type) args) { ... }
 // SGL_KERNEL_OF(threads, blocks) says how many blocks a multiprocessor should have registers for.
@@ -82,6 +83,9 @@ using bf16 = uint16_t;  // the bits of a bfloat16
 
 struct alignas(16) Vec8 {  // eight bf16, the widest access of a thread
   uint32_t w[4];
+};
+struct alignas(8) Vec4 {  // four bf16
+  uint32_t w[2];
 };
 struct alignas(8) Float2 {
   float v[2];
@@ -148,6 +152,7 @@ SGL_DEVICE float exp_approx(float x) {  // e^x to about 2 ulp of float32
 // ---- memory --------------------------------------------------------------------------------------------------------
 
 SGL_DEVICE Vec8 load_vec(const void* p) { return *static_cast<const Vec8*>(p); }
+SGL_DEVICE Vec4 load_vec4(const void* p) { return *static_cast<const Vec4*>(p); }
 SGL_DEVICE void store_vec(void* p, const Vec8& v) { *static_cast<Vec8*>(p) = v; }
 
 // Ask for the cache line at `global` to be on its way to the last cache; nothing where there is no such instruction.
@@ -295,6 +300,58 @@ SGL_DEVICE void mma(Accumulator& d, const Fragment& a, const Fragment& b) {
 #endif
 }
 
+// D[16 x 32] += U[16 x 16] B[32 x 16]^T by one warp, out of registers: rows of D are tokens, and each lane has eight
+// neighbouring columns of kRows of them, as it would load and store them. Lanes take the summed dimension in an order of their own, which
+// is the same for U and B.
+struct Strip {
+  static constexpr int kColumns = 32;
+#if SGL_CUDA
+  static constexpr int kRows = 2, kParts = 4;
+#else
+  static constexpr int kRows = 1, kParts = 2;
+#endif
+  float v[kRows][8];
+#if SGL_CUDA
+  SGL_DEVICE int row(int i) { return lane_id() / 4 + 8 * i; }
+  SGL_DEVICE int column() { return lane_id() % 4 * 8; }  // the first of eight
+  // A lane brings elements k() ... k() + 3 of its rows of U and of the columns part(0), part(1), ... of B.
+  SGL_DEVICE int part(int j) { return lane_id() / 8 * 8 + j * 2 + lane_id() / 4 % 2; }
+  SGL_DEVICE int k() { return lane_id() % 4 * 4; }
+#else
+  SGL_DEVICE int row(int) { return lane_id() % 16; }
+  SGL_DEVICE int column() { return lane_id() / 16 * 8; }
+  SGL_DEVICE int part(int j) { return lane_id() % 16 / 4 * 8 + j * 4 + lane_id() % 4; }
+  SGL_DEVICE int k() { return lane_id() / 16 * 4; }
+#endif
+};
+
+SGL_DEVICE void mma(Strip& d, const Vec4 (&u)[Strip::kRows], const Vec4 (&b)[Strip::kParts]) {
+#if SGL_CUDA
+  SGL_UNROLL
+  for (int j = 0; j < Strip::kParts; ++j)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d.v[0][2 * j]), "+f"(d.v[0][2 * j + 1]), "+f"(d.v[1][2 * j]), "+f"(d.v[1][2 * j + 1])
+        : "r"(u[0].w[0]), "r"(u[1].w[0]), "r"(u[0].w[1]), "r"(u[1].w[1]), "r"(b[j].w[0]), "r"(b[j].w[1]));
+#else
+  using Short4 = short __attribute__((ext_vector_type(4)));
+  using Float4V = float __attribute__((ext_vector_type(4)));
+  SGL_UNROLL
+  for (int j = 0; j < Strip::kParts; ++j) {
+    float* v = d.v[0] + 4 * j;
+    const Float4V c = __builtin_amdgcn_mfma_f32_16x16x16bf16_1k(
+        __builtin_bit_cast(Short4, b[j]), __builtin_bit_cast(Short4, u[0]), Float4V{v[0], v[1], v[2], v[3]}, 0, 0, 0);
+    SGL_UNROLL
+    for (int i = 0; i < 4; ++i) v[i] = c[i];
+  }
+#endif
+}
+// The sum over the four lanes that have the 32 columns of a row, the same bits in each.
+SGL_DEVICE float sum_strip_row(float value) {
+  constexpr int kNext = kWarp == 32 ? 1 : 16;
+  value += shuffle_xor(value, 2 * kNext);
+  return value + shuffle_xor(value, kNext);
+}
+
 // ---- a cluster: blocks that run together and read each other's shared memory ------------------------------------------
 
 SGL_DEVICE int cluster_rank() {
@@ -321,6 +378,18 @@ SGL_DEVICE void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else
   barrier();
+#endif
+}
+// The same barrier in two halves: what a block does in between is not ordered, but its shared memory stays until all
+// have arrived.
+SGL_DEVICE void cluster_arrive() {
+#if SGL_CUDA && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+SGL_DEVICE void cluster_wait() {
+#if SGL_CUDA && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 // What block `rank` of the cluster has at the place in shared memory that `p` is in this one.

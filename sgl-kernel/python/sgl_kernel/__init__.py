@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sgl_kernel.lora.slab import LoraModule as LoraModule
     from sgl_kernel.lora.slab import pack_slab as pack_slab
     from sgl_kernel.lora.slab import slab_digest as slab_digest
+    from sgl_kernel.lora.slab import slab_rank as slab_rank
     from sgl_kernel.lora.slab import unpack_slab as unpack_slab
     from sgl_kernel.ops import fused_add_rmsnorm as fused_add_rmsnorm
     from sgl_kernel.ops import lora_expand_add_ as lora_expand_add_
@@ -43,7 +44,7 @@ _HOMES = {
     "linear": "LoraLinear lora_linear",
     "lora": (
         "BatchShape LoraGroup LoraLayout LoraModule LoraSite build_batch decoder_groups pack_slab peft_modules "
-        "slab_digest unpack_slab"
+        "slab_digest slab_rank unpack_slab"
     ),
     "ops": "fused_add_rmsnorm lora_expand_add_ lora_shrink qk_norm_rope rmsnorm silu_and_mul skinny_gemm",
     "types": "LoraBatch LoraDelta LoraSlabs pinned_slab pinned_words",
@@ -77,6 +78,7 @@ __all__ = [
     "silu_and_mul",
     "skinny_gemm",
     "slab_digest",
+    "slab_rank",
     "unpack_slab",
 ]
 

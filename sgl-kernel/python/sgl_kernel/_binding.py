@@ -22,7 +22,7 @@ from sgl_kernel.lora.layout import LoraSite
 from sgl_kernel.types import LoraBatch, LoraDelta, LoraSlabs
 
 LIBRARY = Path(__file__).with_name("_sgl_kernel.so")
-_NO_SITE = (0,) * 11
+_NO_SITE = (0,) * 12
 _NO_SHAPE = (0,) * 8
 _overlap = False
 

@@ -111,9 +111,19 @@ def check_pools(
             )
 
 
+def check_item(site: LoraSite, x: Tensor) -> None:
+    """That kernels can read the slabs: those of GPUs take bfloat16 alone."""
+    if x.is_cuda and site.item_bytes != 2:
+        raise ValueError(
+            f"the site's numbers have {site.item_bytes} bytes, kernels of a GPU read bfloat16, of 2; "
+            "make the layout with dtype='bfloat16'"
+        )
+
+
 def check_lora(x: Tensor, slabs: LoraSlabs, site: LoraSite, batch: LoraBatch, rows: int) -> None:
     """That adapters, a site and a batch fit each other and the activations."""
     device = x.device
+    check_item(site, x)
     if slabs.data.device != device or batch.words.device != device:
         raise ValueError(
             f"the slabs are on {slabs.data.device}, the batch on {batch.words.device}; both must be on {device}"
@@ -131,6 +141,7 @@ def check_lora(x: Tensor, slabs: LoraSlabs, site: LoraSite, batch: LoraBatch, ro
 def check_delta(y: Tensor, delta: LoraDelta, rows: int, columns: int) -> None:
     """That a delta, which has been checked by itself, is of this tensor."""
     u = delta.u
+    check_item(delta.site, y)
     if columns != delta.site.total_out:
         raise ValueError(f"the activations have {columns} columns, the delta's site has {delta.site.total_out} outputs")
     if u.shape[0] < rows:

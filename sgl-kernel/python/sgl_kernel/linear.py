@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sgl_kernel.lora.batch import BatchShape, build_batch
-from sgl_kernel.lora.layout import RANK_STEP, LoraGroup, LoraLayout, LoraSite, round_up
+from sgl_kernel.lora.layout import HEADER_BYTES, RANK_STEP, LoraGroup, LoraLayout, LoraSite, round_up
 from sgl_kernel.ops import lora_expand_add_, lora_shrink
 from sgl_kernel.types import LoraBatch, LoraDelta, LoraSlabs
 
@@ -149,7 +149,7 @@ def _add_adapter(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> tu
     slabs, site, kept_a, kept_b = _pack(a, b, scale)
     if not len(x):
         return kept_a, kept_b, x.new_empty(0, rank)
-    batch = _whole_batch(len(x), x.device)
+    batch = _whole_batch(len(x), rank, x.device)
     u = lora_shrink(x, slabs, site, batch)
     lora_expand_add_(y, LoraDelta(u, slabs, site, batch))
     return kept_a, kept_b, u[:, :rank]
@@ -161,14 +161,18 @@ def _pack(a: Tensor, b: Tensor, scale: float) -> tuple[LoraSlabs, LoraSite, Tens
     layout = _layout(inputs, len(b), rank)
     site = layout.site(0, _GROUP)
     slab = torch.empty(1, layout.slab_bytes, dtype=torch.uint8, device=a.device)
-    slab[0, : layout.table_bytes] = _table(rank, scale, a.device)
+    head = _head(rank, scale, a.device)
+    slab[0, : len(head)] = head
     start, stride = site.a_start(0), round_up(rank, RANK_STEP)
     kept_a = slab[0, start : start + rank * inputs * 2].view(torch.bfloat16).view(rank, inputs)
     start = site.b_offsets[0]
-    kept_b = slab[0, start : start + len(b) * stride * 2].view(torch.bfloat16).view(len(b), stride)[:, :rank]
+    whole_b = slab[0, start : start + len(b) * stride * 2].view(torch.bfloat16).view(len(b), stride)
+    kept_b = whole_b[:, :rank]
     kept_a.copy_(a)
     kept_b.copy_(b)
-    return LoraSlabs(slab, layout), site, kept_a, kept_b
+    if rank < stride:
+        whole_b[:, rank:].zero_()
+    return LoraSlabs(slab, layout, np.array([rank], np.int32)), site, kept_a, kept_b
 
 
 @functools.lru_cache(maxsize=256)
@@ -177,16 +181,18 @@ def _layout(inputs: int, outputs: int, rank: int) -> LoraLayout:
 
 
 @functools.lru_cache(maxsize=256)
-def _table(rank: int, scale: float, device: torch.device) -> Tensor:
-    """uint8 [16] on the device: the one entry of a table, and padding."""
-    entry = np.zeros(4, np.int32)
-    entry[0] = rank
-    entry[1:2].view(np.float32)[0] = scale
-    return torch.from_numpy(entry.view(np.uint8)).to(device)
+def _head(rank: int, scale: float, device: torch.device) -> Tensor:
+    """uint8 [32] on the device: the header, the one entry of the table, and padding."""
+    words = np.zeros(8, np.int32)
+    entry = HEADER_BYTES // 4
+    words[0] = words[entry] = rank
+    words[entry + 1 : entry + 2].view(np.float32)[0] = scale
+    return torch.from_numpy(words.view(np.uint8)).to(device)
 
 
 @functools.lru_cache(maxsize=_CACHED_BATCHES)
-def _whole_batch(tokens: int, device: torch.device) -> LoraBatch:
-    """All rows are the only adapter's."""
+def _whole_batch(tokens: int, rank: int, device: torch.device) -> LoraBatch:
+    """All rows are those of the only adapter, of this rank."""
     shape = BatchShape(tokens, 1, 16 if tokens <= _DECODE_TOKENS else 64)
-    return LoraBatch.to_device(build_batch(np.zeros(tokens, np.int32), shape), shape, device)
+    words = build_batch(np.zeros(tokens, np.int32), np.array([rank], np.int32), shape)
+    return LoraBatch.to_device(words, shape, device)

@@ -3,8 +3,9 @@
 Called by models, by `linear` and by `library`. Invariant: a backend gets two-dimensional tensors on one device whose
 rows have adjacent columns, and, on a GPU, start at multiples of 16 bytes.
 Shape legend: T token rows, K inputs, N outputs of a group, n slices, r rank, H width, I inner width of the MLP, D width
-of a head. Activations are bfloat16 (the dtype of the compiled kernels), float16 or float32. Operations that take a
-`delta` process the first `tokens` rows of its batch only; rows of slot -1 get no addition.
+of a head. Activations are bfloat16 (the dtype of the compiled kernels), float16 or float32; slabs are bfloat16 and, on
+a CPU, also float32. Operations that take a `delta` process the first `tokens` rows of its batch only; rows of slot -1
+get no addition.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def lora_shrink(x: Tensor, slabs: LoraSlabs, site: LoraSite, batch: LoraBatch, o
         out: [T, n * rank_cap] of x's dtype; None allocates it.
 
     Returns:
-        `out`; slice i in columns i * rank_cap ..., of which the first r are written. Rows of slot -1 are not.
+        `out`; slice i in columns i * rank_cap ..., of which the first r count, r the module's rank. Those from there up
+        to the adapter's rank may have been written with anything, NaN too; others, and rows of slot -1, keep their
+        bits.
 
     Raises:
         TypeError, ValueError: an argument has another dtype, shape, stride, alignment or device.
@@ -107,7 +110,8 @@ def skinny_gemm(
         x: [M, K], M at most 64, K a multiple of 8, any row stride.
         weight: [N, K] of x's dtype, any row stride.
         out: [M, N] of x's dtype, any row stride; None allocates it.
-        shrink: slabs, site, batch and u [M, n * rank_cap], which is written; None for the product alone.
+        shrink: slabs, site, batch and u [M, n * rank_cap], which is written as by `lora_shrink`; None for the product
+            alone.
 
     Returns:
         `out`; its row does not depend on the other rows.

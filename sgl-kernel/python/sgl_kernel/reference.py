@@ -2,8 +2,9 @@
 
 Called by `ops`, which has checked the arguments, allocated the outputs and made everything two-dimensional. The other
 backends have functions of the same names and signatures.
-Invariants: sums are taken in float32 and every output is rounded once; values beyond a slice's own rank, rows beyond
-the batch's `tokens` and, of u, rows of slot -1 are neither read nor written.
+Invariants: sums are taken in float32 and every output is rounded once; values beyond a module's own rank, rows beyond
+the batch's `tokens` and, of u, rows of slot -1 are neither read nor written. (Kernels may write to u up to the
+adapter's rank; what they write there means nothing.) Slabs may be of bfloat16 or of float32.
 
 Shape legend: T token rows, K inputs, N outputs of a group, n slices, H width, I inner width of the MLP, D width of a
 head.
@@ -17,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sgl_kernel.lora.batch import HEADER_WORDS, TOKENS
-from sgl_kernel.lora.layout import RANK_STEP, LoraSite, round_up
+from sgl_kernel.lora.batch import HEADER_WORDS, LIVE_SLOTS, LIVE_WORDS, TOKENS
+from sgl_kernel.lora.layout import RANK_STEP, TABLE_ENTRY, LoraSite, round_up
 from sgl_kernel.types import LoraBatch, LoraDelta, LoraSlabs
 
 Shrink = tuple[LoraSlabs, LoraSite, LoraBatch, Tensor]
@@ -37,9 +38,9 @@ class Slice(NamedTuple):
 
 def lora_shrink(x: Tensor, slabs: LoraSlabs, site: LoraSite, batch: LoraBatch, out: Tensor) -> Tensor:
     """u = A x of every row with an adapter: out [T, u_width] from x [T, K]."""
-    for slot, rows in _groups(batch):
+    for slot, rank, rows in _groups(batch):
         own = x[rows].float()
-        for part in _slices(slabs, site, slot):
+        for part in _slices(slabs, site, slot, rank):
             start = part.number * site.rank_cap
             out[rows, start : start + part.rank] = (own @ part.a.t()).to(out.dtype)
     return out
@@ -143,35 +144,36 @@ def _widen(x: Tensor, delta: LoraDelta | None, bias: Tensor | None = None) -> Te
 def _terms(delta: LoraDelta) -> Iterator[tuple[Tensor, slice, Tensor]]:
     """(rows, columns of the output, what is to be added there in float32) of every module of every adapter."""
     site, stride = delta.site, delta.u_slot_stride
-    for slot, rows in _groups(delta.batch):
-        for part in _slices(delta.slabs, site, slot):
+    for slot, rank, rows in _groups(delta.batch):
+        for part in _slices(delta.slabs, site, slot, rank):
             first = slot * stride + part.number * site.rank_cap
             u = delta.u[rows, first : first + part.rank].float()
             start = sum(site.out_features[: part.number])
             yield rows, slice(start, start + len(part.b)), (u @ part.b.t()).mul_(part.scale)
 
 
-def _groups(batch: LoraBatch) -> Iterator[tuple[int, Tensor]]:
-    """(slot, its token rows int64 on the device) of every adapter of the batch."""
-    words, start = batch.words, batch.shape.token_slot
-    tokens = int(words[:HEADER_WORDS][TOKENS])
-    slots = words[start : start + tokens]
-    for slot in sorted(set(slots.tolist())):
-        if slot >= 0:
-            yield slot, (slots == slot).nonzero()[:, 0]
+def _groups(batch: LoraBatch) -> Iterator[tuple[int, int, Tensor]]:
+    """(slot, its adapter's rank, its token rows int64 on the device) of every adapter of the batch."""
+    words, shape = batch.words, batch.shape
+    header = words[:HEADER_WORDS].tolist()
+    slots = words[shape.token_slot : shape.token_slot + header[TOKENS]]
+    live = words[shape.live : shape.live + LIVE_WORDS * header[LIVE_SLOTS]]
+    for slot, rank in live.view(-1, LIVE_WORDS).tolist():
+        yield slot, rank, (slots == slot).nonzero()[:, 0]
 
 
-def _slices(slabs: LoraSlabs, site: LoraSite, slot: int) -> Iterator[Slice]:
+def _slices(slabs: LoraSlabs, site: LoraSite, slot: int, adapter_rank: int) -> Iterator[Slice]:
     """The modules of a site that the adapter in a slot has."""
-    slab = slabs.data[slot]
-    table = slab[site.table_offset : site.table_offset + 8 * site.num_slices].clone()
+    slab, stride = slabs.data[slot], round_up(adapter_rank, RANK_STEP)
+    table = slab[site.table_offset : site.table_offset + TABLE_ENTRY * site.num_slices].clone()
     ranks, scales = table.view(torch.int32)[::2].tolist(), table.view(torch.float32)[1::2].tolist()
     for index, (rank, scale) in enumerate(zip(ranks, scales, strict=True)):
         if rank:
-            a = _bf16(slab, site.a_start(index), rank, site.in_features)
-            b = _bf16(slab, site.b_offsets[index], site.out_features[index], round_up(rank, RANK_STEP))
+            a = _matrix(slab, site, site.a_start(index), rank, site.in_features)
+            b = _matrix(slab, site, site.b_offsets[index], site.out_features[index], stride)
             yield Slice(index, rank, scale, a.float(), b[:, :rank].float())
 
 
-def _bf16(slab: Tensor, start: int, rows: int, columns: int) -> Tensor:
-    return slab[start : start + rows * columns * 2].view(torch.bfloat16).view(rows, columns)
+def _matrix(slab: Tensor, site: LoraSite, start: int, rows: int, columns: int) -> Tensor:
+    dtype = torch.bfloat16 if site.item_bytes == 2 else torch.float32
+    return slab[start : start + rows * columns * site.item_bytes].view(dtype).view(rows, columns)

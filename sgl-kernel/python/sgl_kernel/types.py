@@ -8,7 +8,7 @@ change, so a CUDA graph may keep them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,10 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sgl_kernel.lora.batch import BatchShape
-from sgl_kernel.lora.layout import LoraLayout, LoraSite
+from sgl_kernel.lora.layout import HEADER_BYTES, MAX_RANK, LoraLayout, LoraSite
+from sgl_kernel.lora.slab import slab_rank
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes of activations."""
+_UNREAD: NDArray[np.int32] = np.empty(0, np.int32)
+"""Stands for ranks that nobody gave."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -29,13 +32,17 @@ class LoraSlabs:
     Attributes:
         data: uint8 [num_slots, slab_bytes], contiguous.
         layout: what the bytes mean; None where sites come from elsewhere, as in a compiled graph.
+        ranks: int32 [num_slots] on the host, the adapter's rank of every slot, 0 for an empty one: what `build_batch`
+            takes. A copy of what is given; otherwise as the slabs say, on a CPU, and 0 on other devices, which are not
+            waited for. `commit` and `clear` keep it; who writes to `data` by other means sees to it himself.
 
     Raises:
-        TypeError, ValueError: `data` has another dtype, shape or alignment.
+        TypeError, ValueError: `data` or `ranks` has another dtype, shape or alignment.
     """
 
     data: Tensor
     layout: LoraLayout | None = None
+    ranks: NDArray[np.int32] = field(default_factory=lambda: _UNREAD)
 
     def __post_init__(self) -> None:
         if self.data.dtype != torch.uint8:
@@ -49,26 +56,41 @@ class LoraSlabs:
             )
         if self.data.data_ptr() % 16:
             raise ValueError("slabs do not start at a multiple of 16 bytes; allocate them as a tensor of their own")
+        object.__setattr__(self, "ranks", self._own_ranks())
+
+    def _own_ranks(self) -> NDArray[np.int32]:
+        ranks = self.ranks
+        if ranks is _UNREAD:
+            if self.data.device.type != "cpu":
+                return np.zeros(self.num_slots, np.int32)
+            # A slot that was never filled may hold anything; `build_batch` refuses what is no rank.
+            ranks = self.data.numpy()[:, :4].view(np.int32)[:, 0]
+        if ranks.shape != (self.num_slots,) or ranks.dtype != np.int32:
+            raise ValueError(f"ranks are {ranks.dtype} {list(ranks.shape)}; they must be int32 [{self.num_slots}]")
+        return np.array(ranks)
 
     @classmethod
     def allocate(cls, layout: LoraLayout, num_slots: int, device: torch.device | str) -> LoraSlabs:
         """Slabs without any adapter."""
-        return cls(torch.zeros(num_slots, layout.slab_bytes, dtype=torch.uint8, device=device), layout)
+        data = torch.zeros(num_slots, layout.slab_bytes, dtype=torch.uint8, device=device)
+        return cls(data, layout, np.zeros(num_slots, np.int32))
 
     @property
     def num_slots(self) -> int:
         """How many adapters have room."""
         return self.data.shape[0]
 
-    def commit(self, slot: int, slab: Tensor) -> None:
-        """Put an adapter into a slot: one copy, in the order of the current stream.
+    def commit(self, slot: int, slab: Tensor, rank: int | None = None) -> None:
+        """Put an adapter into a slot: one copy, in the order of the current stream. `ranks` says so at once.
 
         Args:
             slab: uint8 [slab_bytes], contiguous, on the host (see `pinned_slab`) or on a device. A pinned one must not
                 be written before the copy is done.
+            rank: the adapter's. None reads it from the slab, which costs nothing on the host, but waits for a device:
+                give the rank of a slab that is on one.
 
         Raises:
-            TypeError, ValueError: the slot or the slab does not fit.
+            TypeError, ValueError: the slot, the slab or the rank does not fit.
         """
         if slab.dtype != torch.uint8:
             raise TypeError(f"the slab is {slab.dtype}; it must be torch.uint8, as pack_slab fills it")
@@ -76,11 +98,19 @@ class LoraSlabs:
             raise ValueError(
                 f"the slab has shape {list(slab.shape)}; it must be contiguous [{self.data.shape[1]}], of this layout"
             )
-        self._row(slot).copy_(slab, non_blocking=True)
+        row = self._row(slot)
+        if rank is None:
+            rank = slab_rank(slab[:HEADER_BYTES].cpu().numpy())
+        largest = MAX_RANK if self.layout is None else self.layout.max_rank
+        if not 0 <= rank <= largest:
+            raise ValueError(f"the adapter has rank {rank}, the slabs take 0 to {largest}; use a larger max_rank")
+        row.copy_(slab, non_blocking=True)
+        self.ranks[slot] = rank
 
     def clear(self, slot: int) -> None:
         """Take the adapter out of a slot: its rows then get no addition."""
         self._row(slot).zero_()
+        self.ranks[slot] = 0
 
     def _row(self, slot: int) -> Tensor:
         if not 0 <= slot < self.num_slots:
@@ -143,8 +173,8 @@ class LoraBatch:
 class LoraDelta:
     """The low-rank term that a consumer of a projection's output still has to add.
 
-    Token t of slot s has u of slice i in columns ``s * u_slot_stride + i * rank_cap ...`` of row t, of which the first
-    `rank` count.
+    Token t of slot s has u of slice i in columns ``s * u_slot_stride + i * rank_cap ...`` of row t, of which as many
+    count as the module has ranks. The others may hold anything, NaN too.
 
     Attributes:
         u: [T, columns], bf16 on a GPU, the activations' dtype elsewhere; adjacent columns, any row stride.

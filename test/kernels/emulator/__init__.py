@@ -32,8 +32,8 @@ KERNEL_FILES = {
     "skinny_gemm_": "gemm.cu",
     "lora_shrink_": "gemm.cu",
     "lora_expand_add_": "expand.cu",
-    "fused_add_rmsnorm_": "norm.cu",
-    "silu_and_mul_": "activation.cu",
+    "fused_add_rmsnorm": "norm.cu",
+    "silu_and_mul": "activation.cu",
     "qk_norm_rope_": "rope.cu",
 }
 """Which file of csrc/kernels has the kernels whose names begin so."""

@@ -6,8 +6,9 @@ import ctypes
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from sgl_kernel.lora.batch import HEADER_WORDS, LIVE_SLOTS, TILES, BatchShape, build_batch
+from sgl_kernel.lora.batch import HEADER_WORDS, BatchShape, build_batch
 from sgl_kernel.lora.layout import LoraGroup, LoraLayout
 
 from . import Gpu
@@ -33,6 +34,7 @@ class Adapters:
     Attributes:
         site: LoraSite of args.h.
         rank_cap: columns of u that a slice has.
+        adapter_ranks: of every slot, as `build_batch` takes them.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Adapters:
         self._parts: dict[tuple[int, int], tuple[Floats, Floats, float]] = {}
         self.ranks = ranks
         self.rank_cap = self._place.rank_cap
+        self.adapter_ranks = adapter_ranks(ranks, num_slots)
         self.out_features = tuple(out_features)
         self._pack(num_slots)
         self.site = _site_args(gpu, gpu.array("slabs", self._slabs), self._place, layout.slab_bytes)
@@ -71,7 +74,7 @@ class Adapters:
                 if rank < ABSENT_RANK:
                     a, b = random_bf16(self._rng, rank, self._place.in_features), random_bf16(self._rng, rows, rank)
                     self._write(slot, self._place.a_start(index), a)
-                    self._write(slot, self._place.b_offsets[index], _pad_rank(b))
+                    self._write(slot, self._place.b_offsets[index], _pad_rank(b, max(self.ranks[slot])))
                     self._parts[slot, index] = to_float(a), to_float(b), float(scale)
 
     def _write(self, slot: int, start: int, values: np.ndarray) -> None:
@@ -79,22 +82,22 @@ class Adapters:
 
 
 def make_batch(
-    gpu: Gpu, slots: Sequence[int], num_slots: int, tile_tokens: int, max_tokens: int | None = None
+    gpu: Gpu, slots: Sequence[int], ranks: Ranks, num_slots: int, tile_tokens: int, max_tokens: int | None = None
 ) -> tuple[ctypes.Structure, BatchShape]:
-    """LoraBatch of args.h for token rows of these slots, and its capacities; what no count covers is poison."""
+    """LoraBatch of args.h for token rows of these slots, and its capacities; what no kernel may read is poison."""
     shape = BatchShape(max_tokens or len(slots) + 3, num_slots, tile_tokens)
-    words = build_batch(np.array(slots, np.int32), shape)
-    header = words[:HEADER_WORDS]
-    for start, end in (
-        (shape.perm + len(slots), shape.token_slot),
-        (shape.tiles + 4 * header[TILES], shape.live),
-        (shape.live + header[LIVE_SLOTS], shape.words),
-    ):
-        words[start:end] = 1 << 28
+    words = build_batch(np.array(slots, np.int32), adapter_ranks(ranks, num_slots), shape)
+    words[:HEADER_WORDS] = 1 << 28
+    words[shape.perm + len(slots) : shape.token_slot] = 1 << 28
     data = gpu.array("batch", words)
     starts = {"perm": shape.perm, "token_slot": shape.token_slot, "tiles": shape.tiles, "live": shape.live}
     parts = {name: data[start:] for name, start in starts.items()}
-    return gpu.args("LoraBatch", header=data, **parts), shape
+    return gpu.args("LoraBatch", **parts), shape
+
+
+def adapter_ranks(ranks: Ranks, num_slots: int) -> NDArray[np.int32]:
+    """The largest rank of every slot's modules."""
+    return np.array([max(ranks.get(slot, (0,))) for slot in range(num_slots)], np.int32)
 
 
 def lora_tiles(slots: Sequence[int], tile_tokens: int) -> int:
@@ -102,15 +105,15 @@ def lora_tiles(slots: Sequence[int], tile_tokens: int) -> int:
     return sum(-(-list(slots).count(slot) // tile_tokens) for slot in set(slots) if slot >= 0)
 
 
-def _pad_rank(b: Bits) -> Bits:
+def _pad_rank(b: Bits, adapter_rank: int) -> Bits:
     rows, rank = b.shape
-    wide = np.full((rows, -(-rank // 8) * 8), 0xFFFF, np.uint16)
+    wide = np.zeros((rows, -(-adapter_rank // 8) * 8), np.uint16)
     wide[:, :rank] = b
     return wide
 
 
 def _site_args(gpu: Gpu, slabs: np.ndarray, place: object, slab_bytes: int) -> ctypes.Structure:
-    in_features, rank_cap, num_slices, n0, n1, n2, table, a, b0, b1, b2 = place.words
+    in_features, rank_cap, num_slices, n0, n1, n2, table, a, b0, b1, b2, _ = place.words
     return gpu.args(
         "LoraSite",
         slabs=slabs,

@@ -20,6 +20,7 @@
 #define __forceinline__ inline
 #define SGL_DEVICE static inline
 #define SGL_UNROLL
+#define SGL_NO_UNROLL
 
 #define SGL_KERNEL(threads) extern "C" __attribute__((visibility("default"))) void
 #define SGL_KERNEL_OF(threads, blocks) SGL_KERNEL(threads)
@@ -48,6 +49,9 @@ using bf16 = uint16_t;  // the bits of a bfloat16
 
 struct alignas(16) Vec8 {  // eight bf16, the widest access of a thread
   uint32_t w[4];
+};
+struct alignas(8) Vec4 {  // four bf16
+  uint32_t w[2];
 };
 struct alignas(8) Float2 {
   float v[2];
@@ -85,6 +89,7 @@ SGL_DEVICE Vec8 load_vec(const void* p) {
   emu::check_vector(p);
   return *static_cast<const Vec8*>(p);
 }
+SGL_DEVICE Vec4 load_vec4(const void* p) { return *static_cast<const Vec4*>(p); }
 SGL_DEVICE void store_vec(void* p, const Vec8& v) {
   emu::check_vector(p);
   *static_cast<Vec8*>(p) = v;
@@ -185,11 +190,53 @@ SGL_DEVICE void mma(Accumulator& d, const Fragment& a, const Fragment& b, emu::P
     if (Accumulator::column(i) >= kColumns) d.v[i] = __builtin_nanf("");
 }
 
+struct Strip {
+  static constexpr int kColumns = 32;
+#if SGL_CUDA
+  static constexpr int kRows = 2, kParts = 4;
+#else
+  static constexpr int kRows = 1, kParts = 2;
+#endif
+  float v[kRows][8];
+#if SGL_CUDA
+  SGL_DEVICE int row(int i) { return lane_id() / 4 + 8 * i; }
+  SGL_DEVICE int column() { return lane_id() % 4 * 8; }
+  SGL_DEVICE int part(int j) { return lane_id() / 8 * 8 + j * 2 + lane_id() / 4 % 2; }
+  SGL_DEVICE int k() { return lane_id() % 4 * 4; }
+#else
+  SGL_DEVICE int row(int) { return lane_id() % 16; }
+  SGL_DEVICE int column() { return lane_id() / 16 * 8; }
+  SGL_DEVICE int part(int j) { return lane_id() % 16 / 4 * 8 + j * 4 + lane_id() % 4; }
+  SGL_DEVICE int k() { return lane_id() / 16 * 4; }
+#endif
+};
+SGL_DEVICE void mma(Strip& d, const Vec4 (&u)[Strip::kRows], const Vec4 (&b)[Strip::kParts],
+                    emu::Place place = emu::here()) {
+  for (int j = 0; j < Strip::kParts; ++j) {
+#if SGL_CUDA
+    const uint32_t rows[] = {u[0].w[0], u[1].w[0], u[0].w[1], u[1].w[1]};
+    float c[] = {d.v[0][2 * j], d.v[0][2 * j + 1], d.v[1][2 * j], d.v[1][2 * j + 1]};
+    emu::mma_m16n8k16(c, rows, b[j].w, place);
+    for (int i = 0; i < 4; ++i) d.v[i / 2][2 * j + i % 2] = c[i];
+#else
+    emu::mfma_f32_16x16x16_bf16(d.v[0] + 4 * j, b[j].w, u[0].w, place);
+#endif
+  }
+}
+SGL_DEVICE float sum_strip_row(float value, emu::Place place = emu::here()) {
+  constexpr int kNext = kWarp == 32 ? 1 : 16;
+  value += shuffle_xor(value, 2 * kNext, place);
+  return value + shuffle_xor(value, kNext, place);
+}
+
 // ---- a cluster -----------------------------------------------------------------------------------------------------
 
 SGL_DEVICE int cluster_rank() { return emu::cluster_rank(); }
 SGL_DEVICE int cluster_size() { return emu::cluster_size(); }
 SGL_DEVICE void cluster_barrier(emu::Place place = emu::here()) { emu::cluster_barrier(place); }
+// Arriving is free of effects here, and waiting is the whole barrier.
+SGL_DEVICE void cluster_arrive() {}
+SGL_DEVICE void cluster_wait(emu::Place place = emu::here()) { emu::cluster_barrier(place); }
 template <class T>
 SGL_DEVICE T read_cluster(const T* p, int rank) {
   T value;

@@ -48,7 +48,7 @@ PROBE(reads_behind_the_end) {
 PROBE(reads_before_the_start) {
   if (thread_id() == 3) words()[0] = static_of(args)[-1];
 }
-PROBE(reads_null) { words()[thread_id()] = static_cast<uint32_t>(args.delta.batch.header[0]); }
+PROBE(reads_null) { words()[thread_id()] = static_cast<uint32_t>(args.delta.batch.perm[0]); }
 // A copy that gcc leaves to the C library, which calls nobody: only the forbidden page stops it.
 PROBE(reads_behind_the_end_unseen) {
   volatile int bytes = 4 * 65;

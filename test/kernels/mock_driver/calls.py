@@ -17,7 +17,7 @@ from sgl_kernel.lora.batch import BatchShape
 from sgl_kernel.lora.layout import LoraGroup, LoraLayout
 
 MOST_SHARED = {"cuda": 227 << 10, "rocm": 64 << 10}
-NO_SITE, NO_SHAPE = {"words": [0] * 11}, {"words": [0] * 8}
+NO_SITE, NO_SHAPE = {"words": [0] * 12}, {"words": [0] * 8}
 SLOTS = 3
 RANK = 20
 """Rounded up to 24 by the layout."""

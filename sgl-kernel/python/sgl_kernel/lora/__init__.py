@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sgl_kernel.lora.slab import LoraModule as LoraModule
     from sgl_kernel.lora.slab import pack_slab as pack_slab
     from sgl_kernel.lora.slab import slab_digest as slab_digest
+    from sgl_kernel.lora.slab import slab_rank as slab_rank
     from sgl_kernel.lora.slab import unpack_slab as unpack_slab
 
 _HOMES = {
@@ -32,6 +33,7 @@ _HOMES = {
     "pack_slab": "slab",
     "peft_modules": "peft",
     "slab_digest": "slab",
+    "slab_rank": "slab",
     "unpack_slab": "slab",
 }
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "pack_slab",
     "peft_modules",
     "slab_digest",
+    "slab_rank",
     "unpack_slab",
 ]
 

@@ -1,4 +1,4 @@
-"""Arrays of any floating dtype as bf16 bits, without torch.
+"""Arrays of any floating dtype as bf16 bits or as float32, without torch.
 
 Used by `slab`. numpy has no bf16, so its bits travel as uint16. Invariant: a value is rounded once, to nearest with
 ties to even, whatever it is rounded from.
@@ -27,15 +27,25 @@ def to_bf16_bits(array: Any) -> NDArray[np.uint16]:
     values = _as_numpy(array)
     if values.dtype == np.uint16:
         return values
-    if values.dtype == np.float64:
-        values = _to_odd_float32(values)
-    elif values.dtype == np.float16:
-        values = values.astype(np.float32)
-    if values.dtype != np.float32:
-        raise TypeError(
-            f"dtype is {values.dtype}; it must be float16, float32, float64, bfloat16 or bf16 bits as uint16"
-        )
-    return _round_float32(values)
+    return _round_float32(
+        _to_odd_float32(values) if values.dtype == np.float64 else values.astype(np.float32, copy=False)
+    )
+
+
+def to_float32(array: Any) -> NDArray[np.float32]:
+    """The float32 values of what `to_bf16_bits` takes; only float64 has to be rounded.
+
+    Returns:
+        float32 of the same shape; a view where nothing had to be changed.
+
+    Raises:
+        TypeError: it has another dtype.
+    """
+    values = _as_numpy(array)
+    if values.dtype == np.uint16:
+        return from_bf16_bits(values)
+    with np.errstate(over="ignore", under="ignore"):
+        return values.astype(np.float32, copy=False)
 
 
 def from_bf16_bits(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
@@ -44,13 +54,24 @@ def from_bf16_bits(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
     return wide.view(np.float32)
 
 
-def all_finite(bits: NDArray[np.uint16]) -> bool:
-    """Whether no value is infinite or NaN."""
-    return not bool(((bits & 0x7F80) == 0x7F80).any())
+def all_finite(values: NDArray[Any]) -> bool:
+    """Whether no value, of float32 or of bf16 as bits, is infinite or NaN."""
+    if values.dtype == np.float32:
+        return bool(np.isfinite(values).all())
+    return not bool(((values & 0x7F80) == 0x7F80).any())
 
 
 def _as_numpy(array: Any) -> NDArray[Any]:
-    """The array itself, or a tensor's memory; bf16 of either library as uint16."""
+    """float16, float32 or float64, or bf16 of either library as uint16: the array itself, or a tensor's memory."""
+    values = _memory(array)
+    if values.dtype not in (np.uint16, np.float16, np.float32, np.float64):
+        raise TypeError(
+            f"dtype is {values.dtype}; it must be float16, float32, float64, bfloat16 or bf16 bits as uint16"
+        )
+    return values
+
+
+def _memory(array: Any) -> NDArray[Any]:
     if hasattr(array, "detach"):  # a tensor, so torch is in the process already; this module must not bring it
         tensor = array.detach().cpu()
         if str(tensor.dtype) == "torch.bfloat16":

@@ -14,16 +14,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-FORMAT = 1
-"""Goes up whenever equal arguments would give other offsets."""
+FORMAT = 2
+"""Goes up whenever equal arguments would give other offsets, or equal bytes would mean something else."""
 MAX_RANK = 256
 MAX_SLICES = 3
 RANK_STEP = 8
-"""Rows of B are padded to a multiple of this many ranks: 16 bytes."""
+"""Rows of B are padded to a multiple of this many ranks: 16 bytes of bf16."""
+HEADER_BYTES = 16
+"""Of a slab: int32, the adapter's rank, and zeros."""
 TABLE_ENTRY = 8
 """Bytes of int32 rank, float32 scale."""
-_ITEM = 2
-"""Bytes of a bf16."""
+ITEM_BYTES = {"bfloat16": 2, "float32": 4}
+"""Bytes of a number of A and B, by the dtype of a layout."""
+_SITE_WORDS = 6 + 2 * MAX_SLICES
 _SLAB_STEP = 256
 """Bytes; slab s of an allocation is then aligned as the allocation is."""
 
@@ -68,10 +71,11 @@ class LoraSite:
         rank_cap: ranks that have room, a multiple of 8.
         table_offset: of the first slice's table entry; those of the other slices follow. Like all offsets in bytes from
             the start of a slab.
-        a_offset: of the first slice's A; A of slice i starts i * rank_cap * in_features * 2 bytes later.
-        b_offsets: of every slice's B.
-        words: the site as 11 numbers, which is what kernels take: in_features, rank_cap, number of slices, three
-            out_features, table_offset, a_offset, three b_offsets; 0 for a slice that is not there.
+        a_offset: of the first slice's A; A of slice i starts i * rank_cap * in_features * item_bytes later.
+        b_offsets: of every slice's B, whose rows are as far apart as the adapter's rank, rounded up to 8, says.
+        item_bytes: of a number of A and B: 2, bf16, or 4, float32.
+        words: the site as 12 numbers, which is what kernels take: in_features, rank_cap, number of slices, three
+            out_features, table_offset, a_offset, three b_offsets, item_bytes; 0 for a slice that is not there.
         num_slices: n.
         u_width: columns of u, n * rank_cap.
         total_out: N, rows of all slices.
@@ -84,6 +88,7 @@ class LoraSite:
     table_offset: int
     a_offset: int
     b_offsets: tuple[int, ...]
+    item_bytes: int = 2
     words: tuple[int, ...] = field(init=False, repr=False)
     num_slices: int = field(init=False, repr=False)
     u_width: int = field(init=False, repr=False)
@@ -95,13 +100,13 @@ class LoraSite:
         slices = len(self.out_features)
         absent = (0,) * (MAX_SLICES - slices)
         shape = (self.in_features, self.rank_cap, slices, *self.out_features, *absent)
-        words = (*shape, self.table_offset, self.a_offset, *self.b_offsets, *absent)
+        words = (*shape, self.table_offset, self.a_offset, *self.b_offsets, *absent, self.item_bytes)
         for name, value in (
             ("words", words),
             ("num_slices", slices),
             ("u_width", slices * self.rank_cap),
             ("total_out", sum(self.out_features)),
-            ("end", self.b_offsets[-1] + self.out_features[-1] * self.rank_cap * _ITEM),
+            ("end", self.b_offsets[-1] + self.out_features[-1] * self.rank_cap * self.item_bytes),
         ):
             object.__setattr__(self, name, value)
 
@@ -110,17 +115,21 @@ class LoraSite:
         """The site that has these `words`.
 
         Raises:
-            ValueError: there are not 11 of them, or the number of slices is not 1 to 3.
+            ValueError: there are not 12 of them, or the number of slices is not 1 to 3, or item_bytes not 2 or 4.
         """
         values = tuple(words)
-        if len(values) != 5 + 2 * MAX_SLICES or not 1 <= values[2] <= MAX_SLICES:
-            raise ValueError(f"a site is 11 ints with 1 to {MAX_SLICES} slices, got {values}; pass LoraSite.words")
+        if len(values) != _SITE_WORDS or not 1 <= values[2] <= MAX_SLICES or values[-1] not in ITEM_BYTES.values():
+            raise ValueError(
+                f"a site is {_SITE_WORDS} ints with 1 to {MAX_SLICES} slices of 2 or 4 bytes a number, got {values}; "
+                "pass LoraSite.words"
+            )
         slices = values[2]
-        return cls(values[0], values[3 : 3 + slices], values[1], values[6], values[7], values[8 : 8 + slices])
+        b_offsets = values[8 : 8 + slices]
+        return cls(values[0], values[3 : 3 + slices], values[1], values[6], values[7], b_offsets, values[-1])
 
     def a_start(self, index: int) -> int:
         """Where A of a slice starts, bytes from the start of the slab."""
-        return self.a_offset + index * self.rank_cap * self.in_features * _ITEM
+        return self.a_offset + index * self.rank_cap * self.in_features * self.item_bytes
 
 
 class LoraLayout:
@@ -130,29 +139,34 @@ class LoraLayout:
         groups: of every layer, in the order in which they lie in the slab.
         num_layers: how often they repeat.
         max_rank: the largest rank that an adapter may have, 1 to 256.
+        dtype: of A and B: ``bfloat16``, which all kernels take, or ``float32``, for servers that compute in float32 on
+            a CPU.
 
     Attributes:
         rank_cap: max_rank rounded up to 8.
-        table_bytes: size of the table, which is at the start.
+        item_bytes: of a number of A and B.
+        table_bytes: size of the table, which starts behind the header, at byte 16.
         slab_bytes: size of a slab.
 
     Raises:
-        ValueError: a number is out of range, or two groups share a name.
+        ValueError: a number is out of range, two groups share a name, or there is no such dtype.
     """
 
-    def __init__(self, groups: Iterable[LoraGroup], num_layers: int, max_rank: int) -> None:
+    def __init__(self, groups: Iterable[LoraGroup], num_layers: int, max_rank: int, dtype: str = "bfloat16") -> None:
         self.groups = tuple(groups)
         self.num_layers = num_layers
         self.max_rank = max_rank
+        self.dtype = dtype
         self._check()
+        self.item_bytes = ITEM_BYTES[dtype]
         self.rank_cap = round_up(max_rank, RANK_STEP)
         slices = sum(len(group.out_features) for group in self.groups)
         self.table_bytes = round_up(num_layers * slices * TABLE_ENTRY, 16)
         self._sites: dict[tuple[int, str], LoraSite] = {}
-        table, end = 0, self.table_bytes
+        table, end = HEADER_BYTES, HEADER_BYTES + self.table_bytes
         for layer in range(num_layers):
             for group in self.groups:
-                site = _place(group, self.rank_cap, table, end)
+                site = _place(group, self.rank_cap, self.item_bytes, table, end)
                 self._sites[layer, group.name] = site
                 table, end = table + site.num_slices * TABLE_ENTRY, site.end
         self.slab_bytes = round_up(end, _SLAB_STEP)
@@ -165,6 +179,8 @@ class LoraLayout:
             raise ValueError(f"num_layers is {self.num_layers}; it must be at least 1")
         if not 1 <= self.max_rank <= MAX_RANK:
             raise ValueError(f"max_rank is {self.max_rank}; it must be 1 to {MAX_RANK}")
+        if self.dtype not in ITEM_BYTES:
+            raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(ITEM_BYTES)}")
 
     def site(self, layer: int, group_name: str) -> LoraSite:
         """The site of a group in a layer: always the same object.
@@ -190,6 +206,7 @@ class LoraLayout:
             ],
             "num_layers": self.num_layers,
             "max_rank": self.max_rank,
+            "dtype": self.dtype,
         }
 
     @classmethod
@@ -209,7 +226,8 @@ class LoraLayout:
                 LoraGroup(str(g["name"]), int(g["in_features"]), tuple(int(n) for n in g["out_features"]))
                 for g in description["groups"]
             ]
-            return cls(groups, int(description["num_layers"]), int(description["max_rank"]))
+            numbers = int(description["num_layers"]), int(description["max_rank"])
+            return cls(groups, *numbers, str(description["dtype"]))
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a description of a layout: {error!r}; use what `describe` returned") from error
 
@@ -226,17 +244,18 @@ class LoraLayout:
         return hash(self.digest)
 
     def __repr__(self) -> str:
-        return f"LoraLayout({list(self.groups)}, num_layers={self.num_layers}, max_rank={self.max_rank})"
+        numbers = f"num_layers={self.num_layers}, max_rank={self.max_rank}, dtype={self.dtype!r}"
+        return f"LoraLayout({list(self.groups)}, {numbers})"
 
 
-def _place(group: LoraGroup, rank_cap: int, table: int, start: int) -> LoraSite:
+def _place(group: LoraGroup, rank_cap: int, item_bytes: int, table: int, start: int) -> LoraSite:
     """The site whose table entries are at `table` and whose factors begin at `start`."""
-    end = start + len(group.out_features) * rank_cap * group.in_features * _ITEM
+    end = start + len(group.out_features) * rank_cap * group.in_features * item_bytes
     b_offsets = []
     for rows in group.out_features:
         b_offsets.append(end)
-        end += rows * rank_cap * _ITEM
-    return LoraSite(group.in_features, group.out_features, rank_cap, table, start, tuple(b_offsets))
+        end += rows * rank_cap * item_bytes
+    return LoraSite(group.in_features, group.out_features, rank_cap, table, start, tuple(b_offsets), item_bytes)
 
 
 def decoder_groups(

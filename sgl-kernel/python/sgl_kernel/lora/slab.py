@@ -2,23 +2,27 @@
 
 Called by the trainer, or by a server that was given the factors themselves. Imports numpy, never torch; tensors of
 torch are taken all the same. Invariants: every byte of a slab is written, and equal modules in any order give equal
-bytes; after an error the slab is empty, not half of an adapter.
+bytes; the columns of B between a module's rank and the adapter's are zeros, which kernels rely on; after an error the
+slab is empty, not half of an adapter.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sgl_kernel.lora.bf16 import all_finite, from_bf16_bits, to_bf16_bits
-from sgl_kernel.lora.layout import RANK_STEP, TABLE_ENTRY, LoraLayout, LoraSite, round_up
+from sgl_kernel.lora.bf16 import all_finite, to_bf16_bits, to_float32
+from sgl_kernel.lora.layout import HEADER_BYTES, MAX_RANK, RANK_STEP, TABLE_ENTRY, LoraLayout, LoraSite, round_up
 
+_ROUND: dict[str, Callable[[Any], NDArray[Any]]] = {"bfloat16": to_bf16_bits, "float32": to_float32}
+_ITEMS = {2: np.uint16, 4: np.float32}
+"""By the bytes of a number; bf16 as bits."""
 _ENTRY = np.dtype([("rank", "<i4"), ("scale", "<f4")])
 
 
@@ -53,8 +57,8 @@ class _Part:
     site: LoraSite
     slice_index: int
     scale: np.float32
-    a: NDArray[np.uint16]
-    b: NDArray[np.uint16]
+    a: NDArray[Any]
+    b: NDArray[Any]
 
 
 def pack_slab(layout: LoraLayout, modules: Iterable[LoraModule], out: NDArray[np.uint8]) -> None:
@@ -65,8 +69,8 @@ def pack_slab(layout: LoraLayout, modules: Iterable[LoraModule], out: NDArray[np
         out: uint8 [layout.slab_bytes], contiguous and writable, e.g. `pinned_slab(layout).numpy()`.
 
     Raises:
-        ValueError: a module is given twice, or does not fit the layout, or has a value that is not finite in bf16; or
-            `out` does not fit. The message names the module.
+        ValueError: a module is given twice, or does not fit the layout, or has a value that is not finite in the
+            layout's dtype; or `out` does not fit. The message names the module.
     """
     if out.dtype != np.uint8 or out.shape != (layout.slab_bytes,) or not out.flags.c_contiguous:
         raise ValueError(
@@ -81,12 +85,14 @@ def pack_slab(layout: LoraLayout, modules: Iterable[LoraModule], out: NDArray[np
         if key in parts:
             raise ValueError(f"{module.name} is given twice; give every module once")
         parts[key] = _check(layout, module)
+    rank = max((part.a.shape[0] for part in parts.values()), default=0)
     for part in parts.values():
-        _write(out, part)
+        _write(out, part, rank)
+    out[:4].view("<i4")[0] = rank
 
 
 def unpack_slab(layout: LoraLayout, slab: NDArray[np.uint8]) -> list[LoraModule]:
-    """The modules of a slab in the layout's order, with float32 factors that are exactly the bf16 ones.
+    """The modules of a slab in the layout's order, with float32 factors that are exactly those of the slab.
 
     Args:
         slab: uint8 [layout.slab_bytes].
@@ -96,22 +102,43 @@ def unpack_slab(layout: LoraLayout, slab: NDArray[np.uint8]) -> list[LoraModule]
     """
     if slab.dtype != np.uint8 or slab.shape != (layout.slab_bytes,):
         raise ValueError(f"the slab is {slab.dtype} {list(slab.shape)}; this layout has uint8 [{layout.slab_bytes}]")
+    adapter_rank = slab_rank(slab)
     modules = []
     for layer in range(layout.num_layers):
         for group in layout.groups:
             site = layout.site(layer, group.name)
             for index in range(site.num_slices):
                 rank, scale = _entry(slab, site, index)[0].item()
-                if not 0 <= rank <= site.rank_cap:
+                if not 0 <= rank <= min(adapter_rank, site.rank_cap):
                     raise ValueError(
-                        f"layer {layer}, {group.name}[{index}] has rank {rank}, the layout allows {site.rank_cap}; "
-                        "the slab was packed for another layout"
+                        f"layer {layer}, {group.name}[{index}] has rank {rank}, the adapter {adapter_rank}, "
+                        f"the layout allows {site.rank_cap}; the slab was packed for another layout"
                     )
                 if rank:
-                    a = from_bf16_bits(_a_of(slab, site, index, rank))
-                    b = from_bf16_bits(_b_of(slab, site, index, rank))
+                    a = to_float32(_a_of(slab, site, index, rank).copy())
+                    b = to_float32(_b_of(slab, site, index, rank, adapter_rank).copy())
                     modules.append(LoraModule(layer, group.name, index, scale, a, b))
+    if adapter_rank != max((len(module.a) for module in modules), default=0):
+        raise ValueError(f"no module has the adapter's rank {adapter_rank}; the slab was packed for another layout")
     return modules
+
+
+def slab_rank(slab: NDArray[np.uint8]) -> int:
+    """The rank of the adapter in a slab, the largest of its modules; 0 for an empty slab.
+
+    Args:
+        slab: uint8, at least the first 16 bytes.
+
+    Raises:
+        ValueError: it does not begin as `pack_slab` makes it.
+    """
+    rank, *zeros = slab[:HEADER_BYTES].view("<i4").tolist()
+    if not 0 <= rank <= MAX_RANK or any(zeros):
+        raise ValueError(
+            f"the slab begins with {[rank, *zeros]}, which is not a rank of 0 to {MAX_RANK} and zeros; "
+            "fill it with this version's pack_slab"
+        )
+    return int(rank)
 
 
 def slab_digest(layout: LoraLayout, slab: NDArray[np.uint8]) -> str:
@@ -126,11 +153,11 @@ def _check(layout: LoraLayout, module: LoraModule) -> _Part:
         site = layout.site(module.layer, module.group)
         if not 0 <= module.slice_index < site.num_slices:
             raise ValueError(f"there is no such slice; {module.group} has slices 0 to {site.num_slices - 1}")
-        a, b = to_bf16_bits(module.a), to_bf16_bits(module.b)
+        a, b = _ROUND[layout.dtype](module.a), _ROUND[layout.dtype](module.b)
         _check_shapes(site, module.slice_index, a.shape, b.shape, layout.max_rank)
         if not (all_finite(a) and all_finite(b)):
             raise ValueError(
-                "a factor has a value that is infinite or NaN, or too large for bf16; look at the training"
+                f"a factor has a value that is infinite or NaN, or too large for {layout.dtype}; look at the training"
             )
         if not (math.isfinite(module.scale) and abs(module.scale) <= float(np.finfo(np.float32).max)):
             raise ValueError(f"scale is {module.scale}; it must be a finite float32")
@@ -149,10 +176,10 @@ def _check_shapes(site: LoraSite, index: int, a: tuple[int, ...], b: tuple[int, 
         raise ValueError(f"rank is {a[0]}; this layout takes 1 to {max_rank}, so make it with a larger max_rank")
 
 
-def _write(out: NDArray[np.uint8], part: _Part) -> None:
+def _write(out: NDArray[np.uint8], part: _Part, adapter_rank: int) -> None:
     rank = part.a.shape[0]
     _a_of(out, part.site, part.slice_index, rank)[:] = part.a
-    _b_of(out, part.site, part.slice_index, rank)[:] = part.b
+    _b_of(out, part.site, part.slice_index, rank, adapter_rank)[:] = part.b
     _entry(out, part.site, part.slice_index)[0] = (rank, part.scale)
 
 
@@ -161,13 +188,17 @@ def _entry(slab: NDArray[np.uint8], site: LoraSite, index: int) -> NDArray[Any]:
     return slab[start : start + TABLE_ENTRY].view(_ENTRY)
 
 
-def _a_of(slab: NDArray[np.uint8], site: LoraSite, index: int, rank: int) -> NDArray[np.uint16]:
-    """uint16 [rank, in_features], a view."""
-    start = site.a_start(index)
-    return slab[start : start + rank * site.in_features * 2].view(np.uint16).reshape(rank, site.in_features)
+def _a_of(slab: NDArray[np.uint8], site: LoraSite, index: int, rank: int) -> NDArray[Any]:
+    """[rank, in_features], a view."""
+    return _matrix(slab, site, site.a_start(index), rank, site.in_features)
 
 
-def _b_of(slab: NDArray[np.uint8], site: LoraSite, index: int, rank: int) -> NDArray[np.uint16]:
-    """uint16 [out_features, rank], a view."""
-    start, rows, stride = site.b_offsets[index], site.out_features[index], round_up(rank, RANK_STEP)
-    return slab[start : start + rows * stride * 2].view(np.uint16).reshape(rows, stride)[:, :rank]
+def _b_of(slab: NDArray[np.uint8], site: LoraSite, index: int, rank: int, adapter_rank: int) -> NDArray[Any]:
+    """[out_features, rank], a view."""
+    stride = round_up(adapter_rank, RANK_STEP)
+    return _matrix(slab, site, site.b_offsets[index], site.out_features[index], stride)[:, :rank]
+
+
+def _matrix(slab: NDArray[np.uint8], site: LoraSite, start: int, rows: int, columns: int) -> NDArray[Any]:
+    size = rows * columns * site.item_bytes
+    return slab[start : start + size].view(_ITEMS[site.item_bytes]).reshape(rows, columns)

@@ -61,7 +61,7 @@ def _silu_and_mul(
     """Grid: tiles or blocks of TOKENS rows, blocks of COLUMNS outputs."""
     if tl.program_id(0) >= live_programs(words, num_rows, TOKENS):
         return
-    rows, row_present, slot = program_rows(words, tiles, num_rows, tl.program_id(0), TOKENS)
+    rows, row_present, slot, rank = program_rows(words, tiles, num_rows, tl.program_id(0), TOKENS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     column_present = columns < INNER
     mask = row_present[:, None] & column_present[None, :]
@@ -69,7 +69,7 @@ def _silu_and_mul(
     gate = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(source + INNER, mask=mask, other=0.0).to(tl.float32)
     if delta is not None:
-        gate += delta_tile(delta, table, slot, 0, rows, row_present, columns, column_present, STEP, PRECISION)
-        up += delta_tile(delta, table, slot, 1, rows, row_present, columns, column_present, STEP, PRECISION)
+        gate += delta_tile(delta, table, slot, rank, 0, rows, row_present, columns, column_present, STEP, PRECISION)
+        up += delta_tile(delta, table, slot, rank, 1, rows, row_present, columns, column_present, STEP, PRECISION)
     product = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(out + (rows * out_stride)[:, None] + columns[None, :], product.to(out.dtype.element_ty), mask=mask)

@@ -21,26 +21,29 @@ def tile_rows(words, tiles, index, TOKENS: tl.constexpr):
     """A tile of the batch.
 
     Returns:
-        int64 [TOKENS], its token rows; [TOKENS], which of them there are; its slot.
+        int64 [TOKENS], its token rows; [TOKENS], which of them there are; its slot; the rank of the adapter in it.
     """
     entry = words + tiles + 4 * index
-    start, count, slot = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    start, count, slot, rank = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
     lanes = tl.arange(0, TOKENS)
     present = lanes < count
     rows = tl.load(words + HEADER_WORDS + start + lanes, mask=present, other=0)
-    return rows.to(tl.int64), present, slot
+    return rows.to(tl.int64), present, slot, rank
 
 
 @triton.jit
 def program_rows(words, tiles, num_rows, index, TOKENS: tl.constexpr):
-    """What `tile_rows` returns for tile `index`; without a batch, rows index * TOKENS ... of `num_rows`, slot -1."""
+    """What `tile_rows` returns for tile `index`.
+
+    Without a batch: rows index * TOKENS ... of `num_rows`, slot -1, rank 0.
+    """
     if words is None:
         rows = index.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
         present = rows < num_rows
-        slot = -1
+        slot, rank = -1, 0
     else:
-        rows, present, slot = tile_rows(words, tiles, index, TOKENS)
-    return rows, present, slot
+        rows, present, slot, rank = tile_rows(words, tiles, index, TOKENS)
+    return rows, present, slot, rank
 
 
 @triton.jit
@@ -134,6 +137,7 @@ def delta_tile(
     delta,
     table,
     slot,
+    adapter_rank,
     slice_index,
     rows,
     row_present,
@@ -145,6 +149,7 @@ def delta_tile(
     """The low-rank term of some rows of one slot and some outputs of one slice: scale * (B u).
 
     Args:
+        slot, adapter_rank: as the tile has them.
         rows, row_present: token rows, and which of them there are.
         columns, column_present: outputs, counted from the slice's first, and which of them there are.
 
@@ -152,8 +157,9 @@ def delta_tile(
         float32 [rows, columns]. Where there is nothing to add it is -0, the one number that changes no other.
     """
     rank, scale = read_slice(delta.adapters, table, slot, slice_index)
-    # Rows of B and parts of u are this long; what lies beyond the rank is loaded, in whole vectors, and left out.
-    stride = tl.multiple_of((rank + 7) // 8 * 8, 8)
+    # Rows of B are this long, zeros behind the module's rank. Of u as much is loaded, in whole vectors, and what lies
+    # behind the module's rank, which may be anything, is left out.
+    stride = tl.multiple_of((adapter_rank + 7) // 8 * 8, 8)
     u_rows = delta.u + rows * delta.u_stride + slot.to(tl.int64) * delta.u_slot_stride + slice_index * delta.rank_cap
     b_rows = b_of(delta.adapters, slot, slice_index) + columns.to(tl.int64) * stride
     sums = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
@@ -162,6 +168,5 @@ def delta_tile(
         u_tile = tl.load(u_rows[:, None] + k[None, :], mask=row_present[:, None] & (k < stride)[None, :], other=0.0)
         b_tile = tl.load(b_rows[None, :] + k[:, None], mask=column_present[None, :] & (k < stride)[:, None], other=0.0)
         u_tile = tl.where((k < rank)[None, :], u_tile, 0.0)
-        b_tile = tl.where((k < rank)[:, None], b_tile, 0.0)
         sums = product(u_tile, b_tile, sums, PRECISION)
     return sums * tl.where(rank > 0, scale, -1.0)

@@ -141,7 +141,7 @@ def _shrink(
     tile = tl.program_id(0)
     if tile >= tl.load(words + LORA_TILES):
         return
-    rows, row_present, slot = tile_rows(words, tiles, tile, TOKENS)
+    rows, row_present, slot, _ = tile_rows(words, tiles, tile, TOKENS)
     slice_index, first_rank = _rank_block(tl.program_id(1), RANK_CAP, RANKS)
     rank, _ = read_slice(adapters, table, slot, slice_index)
     if first_rank >= rank:
@@ -179,7 +179,7 @@ def _add_parts(
     tile = tl.program_id(0)
     if tile >= tl.load(words + LORA_TILES):
         return
-    rows, row_present, slot = tile_rows(words, tiles, tile, TOKENS)
+    rows, row_present, slot, _ = tile_rows(words, tiles, tile, TOKENS)
     slice_index, first_rank = _rank_block(tl.program_id(1), RANK_CAP, RANKS)
     rank, _ = read_slice(adapters, table, slot, slice_index)
     ranks = first_rank + tl.arange(0, RANKS)
@@ -214,7 +214,7 @@ def _expand_add(
     tile = tl.program_id(0)
     if tile >= tl.load(words + LORA_TILES):
         return
-    rows, row_present, slot = tile_rows(words, tiles, tile, TOKENS)
+    rows, row_present, slot, adapter_rank = tile_rows(words, tiles, tile, TOKENS)
     blocks0: tl.constexpr = (N0 + COLUMNS - 1) // COLUMNS
     blocks1: tl.constexpr = (N1 + COLUMNS - 1) // COLUMNS
     block = tl.program_id(1)
@@ -228,7 +228,9 @@ def _expand_add(
         return
     columns = block * COLUMNS + tl.arange(0, COLUMNS)
     column_present = columns < size
-    term = delta_tile(delta, table, slot, slice_index, rows, row_present, columns, column_present, STEP, PRECISION)
+    term = delta_tile(
+        delta, table, slot, adapter_rank, slice_index, rows, row_present, columns, column_present, STEP, PRECISION
+    )
     target = y + (rows * y_stride)[:, None] + (start + columns)[None, :]
     mask = row_present[:, None] & column_present[None, :]
     sums = tl.load(target, mask=mask, other=0.0).to(tl.float32) + term

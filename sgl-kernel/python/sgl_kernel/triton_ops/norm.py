@@ -127,12 +127,12 @@ def _add_to_residual(
     """residual += x + the low-rank term, for the rows of every tile. Grid: tiles, blocks of COLUMNS columns."""
     if tl.program_id(0) >= tl.load(words + TILES):
         return
-    rows, row_present, slot = tile_rows(words, tiles, tl.program_id(0), TOKENS)
+    rows, row_present, slot, rank = tile_rows(words, tiles, tl.program_id(0), TOKENS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     column_present = columns < HIDDEN
     mask = row_present[:, None] & column_present[None, :]
     values = tl.load(x + (rows * x_stride)[:, None] + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    values += delta_tile(delta, table, slot, 0, rows, row_present, columns, column_present, STEP, PRECISION)
+    values += delta_tile(delta, table, slot, rank, 0, rows, row_present, columns, column_present, STEP, PRECISION)
     target = residual + (rows * residual_stride)[:, None] + columns[None, :]
     values += tl.load(target, mask=mask, other=0.0).to(tl.float32)
     tl.store(target, values.to(residual.dtype.element_ty), mask=mask)

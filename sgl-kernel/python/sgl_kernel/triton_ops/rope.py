@@ -71,6 +71,7 @@ def _load_half(
     delta,
     table,
     slot,
+    rank,
     slice_index,
     slice_start,
     rows,
@@ -86,7 +87,9 @@ def _load_half(
     if bias is not None:
         values += tl.load(bias + slice_start + columns, mask=present, other=0.0).to(tl.float32)[None, :]
     if delta is not None:
-        values += delta_tile(delta, table, slot, slice_index, rows, row_present, columns, present, STEP, PRECISION)
+        values += delta_tile(
+            delta, table, slot, rank, slice_index, rows, row_present, columns, present, STEP, PRECISION
+        )
     return values
 
 
@@ -146,7 +149,7 @@ def _qk_norm_rope(
     """Grid: tiles or blocks of TOKENS rows, heads of q, k and v."""
     if tl.program_id(0) >= live_programs(words, num_rows, TOKENS):
         return
-    rows, row_present, slot = program_rows(words, tiles, num_rows, tl.program_id(0), TOKENS)
+    rows, row_present, slot, rank = program_rows(words, tiles, num_rows, tl.program_id(0), TOKENS)
     head, slice_index, first_head = tl.program_id(1), 0, 0
     if head >= NUM_HEADS + NUM_KV_HEADS:
         slice_index, first_head = 2, NUM_HEADS + NUM_KV_HEADS
@@ -159,11 +162,11 @@ def _qk_norm_rope(
     columns = head * HEAD_DIM + lanes
     q = qkv + rows * qkv_stride
     low = _load_half(
-        q, bias, delta, table, slot, slice_index, start, rows, row_present, columns, present, STEP, PRECISION
+        q, bias, delta, table, slot, rank, slice_index, start, rows, row_present, columns, present, STEP, PRECISION
     )
     columns += HEAD_DIM // 2
     high = _load_half(
-        q, bias, delta, table, slot, slice_index, start, rows, row_present, columns, present, STEP, PRECISION
+        q, bias, delta, table, slot, rank, slice_index, start, rows, row_present, columns, present, STEP, PRECISION
     )
     if q_weight is not None:
         if slice_index == 0:
