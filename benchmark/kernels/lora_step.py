@@ -33,6 +33,8 @@ BANDWIDTH = 4.3e12
 HEAD_DIM = 128
 MAX_OURS = 16
 """Token rows up to which our product is faster than cuBLAS."""
+MANY = 512
+"""Token rows from which the rows of A of an only adapter are the last rows of the weight that cuBLAS multiplies with."""
 PROMPT = 8192
 
 
@@ -85,6 +87,22 @@ class Adapters:
         slots = np.sort(np.arange(tokens, dtype=np.int32) % count)
         self.batch = LoraBatch.to_device(build_batch(slots, self.slabs.ranks, shape), shape, "cuda")
         self.live = min(count, tokens)
+        self.extended: list[dict[str, Tensor]] = []
+
+    def extend(self, weights: list[dict[str, Tensor]]) -> None:
+        """Make copies of the weights with the first adapter's rows of A behind them."""
+        for layer, matrices in enumerate(weights):
+            sites = {name: self.layout.site(layer, name) for name in matrices}
+            rows = {
+                name: self.slabs.data[0, site.a_offset : site.a_offset + site.u_width * site.in_features * 2]
+                for name, site in sites.items()
+            }
+            self.extended.append(
+                {
+                    name: torch.cat([weight, rows[name].view(torch.bfloat16).view(-1, weight.shape[1])])
+                    for name, weight in matrices.items()
+                }
+            )
 
     def _clear_padding(self, model: Model, rank: int) -> None:
         """Columns of B behind the rank are zeros."""
@@ -107,7 +125,8 @@ class Step:
     def __init__(self, model: Model, tokens: int, weights: list[dict[str, Tensor]]) -> None:
         self.model, self.tokens, self.weights = model, tokens, weights
         width = {group.name: sum(group.out_features) for group in model.groups()}
-        self.out = {name: random(tokens, size) for name, size in width.items()}
+        self.dense = {name: random(tokens, size) for name, size in width.items()}
+        self.out, self.widths, self.wide = dict(self.dense), width, dict[str, Tensor]()
         self.x, self.residual = random(tokens, model.hidden), random(tokens, model.hidden)
         self.attended, self.act = random(tokens, model.heads * HEAD_DIM), random(tokens, model.mlp)
         self.norm, self.head_norm = random(model.hidden), random(HEAD_DIM)
@@ -129,8 +148,13 @@ class Step:
                 torch.mm(x, weight.t(), out=y)
             return None
         site = adapters.layout.site(layer, name)
-        u = torch.empty(self.tokens, site.u_width, device="cuda", dtype=torch.bfloat16)
         lora = (adapters.slabs, site, adapters.batch)
+        if self.tokens >= MANY and adapters.live == 1:
+            y = self.extended(name, site.u_width)
+            torch.mm(x, adapters.extended[layer][name].t(), out=y)
+            self.out[name] = y[:, : len(weight)]
+            return LoraDelta(y[:, len(weight) :], *lora)
+        u = torch.empty(self.tokens, site.u_width, device="cuda", dtype=torch.bfloat16)
         if self.tokens <= MAX_OURS:
             self.ops.skinny_gemm(x, weight, y, (*lora, u))
         else:
@@ -142,8 +166,15 @@ class Step:
             main.wait_stream(self.side)
         return LoraDelta(u, adapters.slabs, site, adapters.batch)
 
+    def extended(self, name: str, columns: int) -> Tensor:
+        """A product's output with columns for u behind it."""
+        if name not in self.wide or self.wide[name].shape[1] != self.widths[name] + columns:
+            self.wide[name] = random(self.tokens, self.widths[name] + columns)
+        return self.wide[name]
+
     def run(self, adapters: Adapters | None) -> None:
         """Enqueue a step."""
+        self.out.update(self.dense)
         model, ops, out = self.model, self.ops, self.out
         heads = (model.heads, model.kv_heads, HEAD_DIM)
         for layer in range(model.layers):
@@ -212,6 +243,8 @@ def main() -> None:
             bases[tokens] = (step, graph_us(lambda step=step: step.run(None), args.repeats))
         step, base = bases[tokens]
         adapters = Adapters(model, rank, count, tokens)
+        if tokens >= MANY and count == 1:
+            adapters.extend(weights)
         full = graph_us(lambda step=step, adapters=adapters: step.run(adapters), args.repeats)
         floor = adapters.bytes / BANDWIDTH * 1e6
         added = full - base

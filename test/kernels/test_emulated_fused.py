@@ -99,6 +99,11 @@ def taken(array: Bits) -> Bits:
     return array[:-BEHIND, :-8].copy()
 
 
+def block_tokens(rows: Rows) -> int:
+    """Of kernels that take whole tiles for prompts, and strips in a step of decoding."""
+    return rows.gpu.geometry("strip_tokens", rows.gpu.warp, 16) if rows.tile == 16 else rows.tile
+
+
 def clusters(vendor: str, size: int) -> int:
     if vendor == "hip" and size > 1:
         pytest.skip("clusters are CUDA's")
@@ -115,7 +120,7 @@ def run_norm(
     gpu, hidden = rows.gpu, x.shape[1]
     delta, max_tiles = rows.delta()
     lora = rows.slots is not None
-    block = 16 if lora else block
+    block = gpu.geometry("strip_tokens", gpu.warp, rows.tile) if lora else block
     sizes = (gpu.warp, hidden, cluster, block, lora)
     out = rows.place("x", x, "output")
     stream = None if residual is None else rows.place("residual", residual, "output")
@@ -137,14 +142,15 @@ def run_norm(
         staged=gpu.geometry("norm_staged", hidden, cluster),
         held=gpu.geometry("norm_held", *sizes),
         eps=EPS,
+        mean=np.float32(1) / np.float32(hidden),
         delta=delta,
     )
-    pieces = rows.tile // block if max_tiles else 2
+    pieces = rows.tile // block if max_tiles else 1
     gpu.launch(
-        f"fused_add_rmsnorm_{rows.held}" if lora else "fused_add_rmsnorm",
+        f"fused_add_rmsnorm_{rows.tile}x{rows.held}" if lora else "fused_add_rmsnorm",
         args,
         (cluster * pieces, rows.grid_y(max_tiles, pieces * block)),
-        gpu.geometry("norm_threads", gpu.warp),
+        gpu.geometry("norm_threads", gpu.warp, lora),
         gpu.geometry("norm_shared_bytes", *sizes),
         cluster,
         rows.seed,
@@ -224,7 +230,7 @@ def test_rows_that_do_not_fit_into_shared_memory_are_read_again(vendor: str) -> 
 
 
 def run_activation(rows: Rows, x: Bits) -> Bits:
-    gpu, inner = rows.gpu, x.shape[1] // 2
+    gpu, inner, lora = rows.gpu, x.shape[1] // 2, rows.slots is not None
     delta, max_tiles = rows.delta()
     out = rows.place("out", np.full((len(x), inner), NAN, np.uint16), "output")
     args = gpu.args(
@@ -235,15 +241,16 @@ def run_activation(rows: Rows, x: Bits) -> Bits:
         out_stride=inner + 8,
         tokens=len(rows.order),
         inner=inner,
+        block_tokens=block_tokens(rows),
+        piece_bits=(rows.tile // block_tokens(rows)).bit_length() - 1,
         delta=delta,
     )
-    lora = rows.slots is not None
     gpu.launch(
-        f"silu_and_mul_{rows.held}" if lora else "silu_and_mul",
+        f"silu_and_mul_{rows.tile}x{rows.held}" if lora else "silu_and_mul",
         args,
         (
             gpu.geometry("activation_blocks", gpu.warp, inner, lora),
-            rows.grid_y(max_tiles, gpu.geometry("kActivationRows")),
+            rows.grid_y(max_tiles << args.piece_bits, gpu.geometry("kActivationRows")),
         ),
         gpu.geometry("activation_threads", gpu.warp),
         0,
@@ -309,6 +316,7 @@ def run_rope(rows: Rows, data: Heads) -> tuple[Bits, Bits, Bits]:
     gpu, dim, order = rows.gpu, data.head_dim, rows.order
     lora = rows.slots is not None
     block_heads = gpu.geometry("rope_block_heads", dim, rows.tile, lora)
+    head_blocks = -(-(data.num_heads + 2 * data.num_kv_heads) // block_heads)
     delta, max_tiles = rows.delta()
     qkv = rows.place("qkv", data.qkv, "output")
     empty = np.full((data.tokens + 4, data.num_kv_heads, dim), NAN, np.uint16)
@@ -328,14 +336,15 @@ def run_rope(rows: Rows, data: Heads) -> tuple[Bits, Bits, Bits]:
         num_heads=data.num_heads,
         num_kv_heads=data.num_kv_heads,
         block_heads=block_heads,
+        block_tokens=block_tokens(rows),
+        piece_bits=(rows.tile // block_tokens(rows)).bit_length() - 1,
         eps=EPS,
         delta=delta,
     )
-    heads = data.num_heads + 2 * data.num_kv_heads
     gpu.launch(
         f"qk_norm_rope_{dim}x{rows.tile}x{rows.held}" if lora else f"qk_norm_rope_{dim}",
         args,
-        (-(-heads // block_heads), rows.grid_y(max_tiles, gpu.geometry("kRopeRows"))),
+        (head_blocks, rows.grid_y(max_tiles << args.piece_bits, gpu.geometry("kRopeRows"))),
         gpu.geometry("rope_threads", gpu.warp, dim, block_heads, lora),
         gpu.geometry("rope_shared_bytes", dim, block_heads, lora),
         seed=rows.seed,

@@ -90,6 +90,9 @@ def test_races_of_blocks(kernel: str, seed: int) -> None:
     [
         ("reads_its_neighbour_too_early", "race|which nobody has written"),
         ("leaves_too_early", "leaves while another block|which has left"),
+        ("writes_before_its_neighbour_starts", "which may not have started"),
+        ("writes_its_neighbour_with_a_block_barrier", "race: |which nobody has written|leaves while another block"),
+        ("writes_what_its_neighbour_writes", "race: "),
     ],
 )
 def test_mistakes_of_a_cluster(kernel: str, error: str, seed: int) -> None:
@@ -97,8 +100,9 @@ def test_mistakes_of_a_cluster(kernel: str, error: str, seed: int) -> None:
         probe("cuda", kernel, blocks=4, cluster=4, seed=seed)
 
 
-def test_a_cluster_reads_its_neighbours() -> None:
-    y = probe("cuda", "reads_its_neighbour", blocks=4, cluster=2)
+@pytest.mark.parametrize("kernel", ["reads_its_neighbour", "writes_its_neighbour"])
+def test_a_cluster_uses_its_neighbours_memory(kernel: str) -> None:
+    y = probe("cuda", kernel, blocks=4, cluster=2)
     expected = [[rank * 1000 + i for i in range(16)] for rank in (1, 0, 1, 0)]
     assert y.reshape(4, 16).tolist() == expected
 
@@ -223,7 +227,7 @@ def texts() -> tuple[str, str]:
     return vendor, Path(build.HERE, "emulator.h").read_text()
 
 
-VECTORS = ((16, "Vec8"), (16, "Float4"), (8, "Float2"))
+VECTORS = ((16, "Vec8"), (16, "Float4"), (8, "Float2"), (8, "Vec4"))
 
 
 def functions(text: str) -> set[str]:
@@ -237,7 +241,7 @@ def test_every_function_of_the_vendors_is_emulated() -> None:
 
 @pytest.mark.parametrize(
     ("start", "end"),
-    [(f"struct {name} {{", "\n};") for name in ("Fragment", "Accumulator", *(f"alignas({n}) {t}" for n, t in VECTORS))],
+    [(f"struct {name} {{", "\n};") for name in ("Fragment", "Accumulator", "Strip", *(f"alignas({n}) {t}" for n, t in VECTORS))],
 )
 def test_layouts_of_lanes_are_the_vendors(start: str, end: str) -> None:
     def passage(text: str) -> str:

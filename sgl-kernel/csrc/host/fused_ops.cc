@@ -26,10 +26,16 @@ struct Term {
     present = true;
   }
 
-  // A kernel for no term, and those that keep ranks up to 16 and up to 64 in registers.
-  const char* choose(const char* none, const char* few, const char* many) const {
-    return !present ? none : delta.site.rank_cap <= 16 ? few : many;
+  // Of a kernel for no term, and those for tiles of 16 and 64 rows and ranks up to 16 and 64 in registers.
+  const char* choose(const char* none, const char* few, const char* few_64, const char* many, const char* many_64) const {
+    if (!present) return none;
+    const bool high = delta.site.rank_cap > 16;
+    return tile == 16 ? (high ? few_64 : few) : (high ? many_64 : many);
   }
+  // Rows that a block takes, and blocks that a tile then needs.
+  int rows() const { return tile == 16 ? strip_tokens(driver::kWarp, tile) : tile; }
+  int pieces() const { return tile / rows(); }
+  int piece_bits() const { return pieces() == 1 ? 0 : 1; }
 };
 
 // Without a batch, from this many rows on kernels take as many at once as for prompts.
@@ -42,20 +48,22 @@ void launch_norm(NormArgs& args, const Term& term, const Place& place, bool over
   int cluster = 1, pieces = 1, rows = 0;
   if (term.present) {
     cluster = smaller(norm_cluster(tile, args.hidden), driver::device(place.device_id).max_cluster);
-    args.block_tokens = kNormRows;
-    pieces = tile / kNormRows;
+    args.block_tokens = strip_tokens(warp, tile);
+    pieces = tile / args.block_tokens;
     rows = term.tiles;
   } else {
     args.block_tokens = tile == 16 ? 1 : 4;
     rows = ceil_div(args.tokens, args.block_tokens);
   }
+  args.mean = 1.f / static_cast<float>(args.hidden);
   args.parts = norm_block_parts(args.hidden, cluster);
   args.turns = norm_turns(warp, args.hidden, cluster, args.block_tokens, term.present);
   args.staged = norm_staged(args.hidden, cluster);
   args.held = norm_held(warp, args.hidden, cluster, args.block_tokens, term.present);
   const int shared = norm_shared_bytes(warp, args.hidden, cluster, args.block_tokens, term.present);
-  const driver::Grid grid{cluster * pieces, rows, norm_threads(warp), shared, cluster, overlap};
-  const char* name = term.choose("fused_add_rmsnorm", "fused_add_rmsnorm_16", "fused_add_rmsnorm_64");
+  const driver::Grid grid{cluster * pieces, rows, norm_threads(warp, term.present), shared, cluster, overlap};
+  const char* name = term.choose("fused_add_rmsnorm", "fused_add_rmsnorm_16x16", "fused_add_rmsnorm_16x64",
+                                 "fused_add_rmsnorm_64x16", "fused_add_rmsnorm_64x64");
   driver::launch(name, place.device_id, place.stream, grid, &args, sizeof(args));
 }
 
@@ -110,17 +118,18 @@ void silu_and_mul(TensorView x, TensorView out, ffi::Optional<TensorView> u, int
   args.inner = static_cast<int32_t>(out.size(1));
   const Term term(u, u_slot_stride, slabs, site, words, shape, args.tokens);
   args.delta = term.delta;
-  const int warp = driver::kWarp, rows = term.present ? term.tiles : ceil_div(args.tokens, kActivationRows);
+  const int warp = driver::kWarp, rows = term.present ? term.tiles * term.pieces() : ceil_div(args.tokens, kActivationRows);
+  if (term.present) args.block_tokens = term.rows(), args.piece_bits = term.piece_bits();
   const driver::Grid grid{activation_blocks(warp, args.inner, term.present), rows, activation_threads(warp), 0, 1, overlap};
-  driver::launch(term.choose("silu_and_mul", "silu_and_mul_16", "silu_and_mul_64"), place.device_id, place.stream, grid, &args,
-                 sizeof(args));
+  const char* name = term.choose("silu_and_mul", "silu_and_mul_16x16", "silu_and_mul_16x64", "silu_and_mul_64x16", "silu_and_mul_64x64");
+  driver::launch(name, place.device_id, place.stream, grid, &args, sizeof(args));
 }
 
-const char* rope_kernel(int head_dim, int tile, const Term& term) {
-#define SGL_ROPE(dim)                                                                                       \
-  case dim:                                                                                                 \
-    return tile == 16 ? term.choose("qk_norm_rope_" #dim, "qk_norm_rope_" #dim "x16x16", "qk_norm_rope_" #dim "x16x64") \
-                      : term.choose("qk_norm_rope_" #dim, "qk_norm_rope_" #dim "x64x16", "qk_norm_rope_" #dim "x64x64");
+const char* rope_kernel(int head_dim, const Term& term) {
+#define SGL_ROPE(dim)                                                                                \
+  case dim:                                                                                          \
+    return term.choose("qk_norm_rope_" #dim, "qk_norm_rope_" #dim "x16x16", "qk_norm_rope_" #dim "x16x64", \
+                       "qk_norm_rope_" #dim "x64x16", "qk_norm_rope_" #dim "x64x64");
   switch (head_dim) {
     SGL_ROPE(64)
     SGL_ROPE(128)
@@ -158,11 +167,12 @@ void qk_norm_rope(TensorView qkv, int64_t num_heads, int64_t num_kv_heads, int64
   const Term term(u, u_slot_stride, slabs, site, words, shape, args.tokens);
   args.delta = term.delta;
   const int tile = tile_of(term, args.tokens), warp = driver::kWarp, dim = static_cast<int>(head_dim);
-  const char* kernel = rope_kernel(dim, tile, term);
+  const char* kernel = rope_kernel(dim, term);
   args.block_heads = rope_block_heads(dim, tile, term.present);
   const int heads = args.num_heads + 2 * args.num_kv_heads;
+  if (term.present) args.block_tokens = term.rows(), args.piece_bits = term.piece_bits();
   const driver::Grid grid{ceil_div(heads, args.block_heads),
-                          term.present ? term.tiles : ceil_div(args.tokens, kRopeRows),
+                          term.present ? term.tiles * term.pieces() : ceil_div(args.tokens, kRopeRows),
                           rope_threads(warp, dim, args.block_heads, term.present),
                           rope_shared_bytes(dim, args.block_heads, term.present),
                           1,

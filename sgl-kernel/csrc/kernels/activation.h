@@ -35,10 +35,14 @@ SGL_DEVICE void silu_and_mul_plain(const ActivationArgs& args) {
       store_vec(args.out + (first + i) * args.out_stride + column, silu_times(unpack(gate[i]), unpack(up[i])));
 }
 
-// With one: a warp has 32 columns of gate and the same of up.
-template <int kSteps>
+// With one: a warp has 32 columns of gate and the same of up. With kMany it walks over the rows of a tile, the next ones
+// being on their way.
+template <class Strip, int kSteps, bool kMany>
 struct SiluAndMul {
   static constexpr int kRows = Strip::kRows;
+  struct Inputs {
+    Vec8 gate[kRows], up[kRows];
+  };
 
   const ActivationArgs& args;
   const Rows& rows;
@@ -47,26 +51,26 @@ struct SiluAndMul {
   __device__ __forceinline__ void run() const {
     const Module gate_module = module_of(args.delta, rows.slot, rows.rank, 0);
     const Module up_module = module_of(args.delta, rows.slot, rows.rank, 1);
-    BStrip<kSteps> gate_b, up_b;
+    BStrip<Strip, kSteps> gate_b, up_b;
     if (rows.slot >= 0) {
       gate_b.fetch(gate_module, first, args.inner - first);
       up_b.fetch(up_module, first, args.inner - first);
     }
-    SGL_NO_UNROLL
-    for (int begin = 0; begin < rows.count; begin += 16) {
-      const StripRows strip(rows, begin);
-      if (begin == 0) wait_for_previous_kernel();
-      Vec8 gate[kRows] = {}, up[kRows] = {};
-      SGL_UNROLL
-      for (int i = 0; i < kRows; ++i) {
-        if (!mine(strip.row[i])) continue;
-        const bf16* x = args.x + strip.row[i] * args.x_stride + column();
-        gate[i] = load_vec(x);
-        up[i] = load_vec(x + args.inner);
+    StripRows<Strip> next_rows(rows, 0);
+    wait_for_previous_kernel();
+    Inputs next = load(next_rows);
+    int begin = 0;
+    do {
+      const StripRows<Strip> strip = next_rows;
+      const Inputs in = next;
+      begin += Strip::kTokens;
+      if (kMany && begin < rows.count) {
+        next_rows = StripRows<Strip>(rows, begin);
+        next = load(next_rows);
       }
       Strip gate_term = {}, up_term = {};
       if (rows.slot >= 0) {
-        UStrip<kSteps> gate_u, up_u;
+        UStrip<Strip, kSteps> gate_u, up_u;
         gate_u.fetch(gate_module, strip.row);
         up_u.fetch(up_module, strip.row);
         gate_term = multiply(gate_module, gate_b, gate_u);
@@ -74,27 +78,37 @@ struct SiluAndMul {
       }
       SGL_UNROLL
       for (int i = 0; i < kRows; ++i) {
-        if (strip.skips(i)) continue;
-        Float8 gate_sum = unpack(gate[i]), up_sum = unpack(up[i]);
+        Float8 gate_sum = unpack(in.gate[i]), up_sum = unpack(in.up[i]);
         add_term(gate_sum, gate_module, gate_term, i);
         add_term(up_sum, up_module, up_term, i);
         if (mine(strip.row[i])) store_vec(args.out + strip.row[i] * args.out_stride + column(), silu_times(gate_sum, up_sum));
       }
-    }
+    } while (kMany && begin < rows.count);
   }
 
  private:
   __device__ __forceinline__ int column() const { return first + Strip::column(); }
   __device__ __forceinline__ bool mine(int row) const { return row >= 0 && column() < args.inner; }
+  __device__ __forceinline__ Inputs load(const StripRows<Strip>& strip) const {
+    Inputs in = {};
+    SGL_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      if (!mine(strip.row[i])) continue;
+      const bf16* x = args.x + strip.row[i] * args.x_stride + column();
+      in.gate[i] = load_vec(x);
+      in.up[i] = load_vec(x + args.inner);
+    }
+    return in;
+  }
 };
 
-// Grid: x = blocks of strips; y = tiles of the batch.
-template <int kSteps>
+// Grid: x = blocks of strips; y = pieces of the batch's tiles.
+template <class Strip, int kSteps, bool kMany>
 SGL_DEVICE void silu_and_mul(const ActivationArgs& args) {
   let_next_kernel_start();
-  const Rows rows = rows_of_tile(args.delta.batch, block_y());
+  const Rows rows = rows_of_piece(args.delta.batch, args.block_tokens, args.piece_bits);
   if (rows.count <= 0) return wait_for_previous_kernel();
-  SiluAndMul<kSteps>{args, rows, (block_x() * kActivationWarps + warp_id()) * Strip::kColumns}.run();
+  SiluAndMul<Strip, kSteps, kMany>{args, rows, (block_x() * kActivationWarps + warp_id()) * Strip::kColumns}.run();
 }
 
 }  // namespace sgl

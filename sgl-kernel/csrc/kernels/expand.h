@@ -10,6 +10,7 @@ constexpr int kExpandWarps = expand_warps(kWarp);
 // Grid: x = the strips of slice 0, then those of slice 1, ..., each slice's rounded up to whole blocks; y = tiles.
 template <int kSteps>
 SGL_DEVICE void lora_expand_add(const ExpandArgs& args) {
+  using Strip = sgl::Strip<16>;
   let_next_kernel_start();
   const LoraSite& site = args.delta.site;
   const Rows rows = rows_of_tile(args.delta.batch, block_y());
@@ -26,13 +27,13 @@ SGL_DEVICE void lora_expand_add(const ExpandArgs& args) {
   }
   const int first = (index * kExpandWarps + warp_id()) * Strip::kColumns;
   const Module module = module_of(args.delta, rows.slot, rows.rank, slice);
-  BStrip<kSteps> b;
+  BStrip<Strip, kSteps> b;
   b.fetch(module, first, width - first);
   wait_for_previous_kernel();
   if (module.rank == 0) return;
   SGL_NO_UNROLL
-  for (int begin = 0; begin < rows.count; begin += 16) {
-    const StripRows strip(rows, begin);
+  for (int begin = 0; begin < rows.count; begin += Strip::kTokens) {
+    const StripRows<Strip> strip(rows, begin);
     Vec8 y[Strip::kRows];
     bf16* place[Strip::kRows];
     const bool mine = first + Strip::column() < width;
@@ -41,12 +42,11 @@ SGL_DEVICE void lora_expand_add(const ExpandArgs& args) {
       place[i] = args.y + strip.row[i] * args.y_stride + out_start + first + Strip::column();
       y[i] = mine && strip.row[i] >= 0 ? load_vec(place[i]) : Vec8{};
     }
-    UStrip<kSteps> u;
+    UStrip<Strip, kSteps> u;
     u.fetch(module, strip.row);
     const Strip term = multiply(module, b, u);
     SGL_UNROLL
     for (int i = 0; i < Strip::kRows; ++i) {
-      if (strip.skips(i)) continue;
       Float8 sum = unpack(y[i]);
       add_term(sum, module, term, i);
       if (mine && strip.row[i] >= 0) store_vec(place[i], pack(sum));

@@ -13,6 +13,21 @@ namespace sgl {
 
 // ---- few tokens: units of sixteen rows -----------------------------------------------------------------------------
 
+// Rows of W or A, from `first` on: those of A have gaps after every `rank` rows.
+struct RowSource {
+  const bf16* base;
+  int64_t stride;
+  int first, count, rank, gap;
+
+  SGL_DEVICE RowSource of(const LoraSite& site, const ARows& a, int first) {
+    return {a_of(site, a.slot), site.in_features, first, a.count, a.rank, site.rank_cap - a.rank};
+  }
+  __device__ __forceinline__ const bf16* operator()(int r) const {
+    const int row = first + r;
+    return row < count ? base + (row + ((row >= rank) + (row >= 2 * rank)) * gap) * stride : nullptr;
+  }
+};
+
 // Units of A's rows, then of W's. A's are the first sixteen of every live slot, then the next sixteen, ...; a slot that is
 // not live, or has no more rows, leaves its places empty. They come first because their rows are found one read later.
 struct GemmWork {
@@ -31,17 +46,27 @@ struct GemmWork {
     if (token < args.tokens) token_slot = args.batch.token_slot[token];
   }
 
+  // Who adds B u next would wait for B while weights keep the memory busy: a block that multiplies with A asks for its
+  // share of that adapter's B to be in the last cache by then.
+  __device__ __forceinline__ void before_wait() const {
+    if (first >= args.a_units || live.slot < 0) return;
+    const int blocks = (args.site.num_slices * live.rank + kStreamRows - 1) / kStreamRows;
+    const int place = first / args.max_live * kStreamThreads + thread_id();
+    for (int slice = 0; slice < args.site.num_slices && place < blocks * kStreamThreads; ++slice) {
+      const int rows = slice == 0 ? args.site.out_features[0] : slice == 1 ? args.site.out_features[1] : args.site.out_features[2];
+      const bf16* b = b_of(args.site, live.slot, slice);
+      for (int line = place; line < rows * b_stride(live.rank) / 64; line += blocks * kStreamThreads) prefetch_l2(b + line * 64);
+    }
+  }
   __device__ __forceinline__ int start() const { return existing(first); }
   __device__ __forceinline__ int next(int unit) const { return existing(unit + stride); }
   __device__ __forceinline__ bool exists(int unit) const { return unit < args.a_units + args.base_tiles; }
-  __device__ __forceinline__ const bf16* row(int unit, int r) const {
-    if (unit < args.a_units) {
-      const ARows a = a_rows(unit);
-      const int row = a_first(unit) + r;
-      return row < a.count ? a.row(args.site, row) : nullptr;
+  __device__ __forceinline__ RowSource rows(int unit) const {
+    if (unit >= args.a_units) {
+      const int row = (unit - args.a_units) * kStreamRows;
+      return {args.weight, args.weight_stride, row, args.out_features, args.out_features, 0};
     }
-    const int n = (unit - args.a_units) * kStreamRows + r;
-    return n < args.out_features ? args.weight + n * args.weight_stride : nullptr;
+    return RowSource::of(args.site, a_rows(unit), a_first(unit));
   }
   __device__ __forceinline__ const bf16* token(int, int t) const {
     return t < args.tokens ? args.x + t * args.x_stride : nullptr;
@@ -59,8 +84,8 @@ struct GemmWork {
 
   // Two sums of neighbouring rows of A, of which those beyond its rows are nobody's.
   SGL_DEVICE void store_u(const LoraSite& site, const ARows& a, bf16* u, int row, float low, float high) {
-    if (row < a.count) u[a.u_column(site, row)] = to_bf16(low);
-    if (row + 1 < a.count) u[a.u_column(site, row + 1)] = to_bf16(high);
+    if (row < a.count) u[a.place(site, row)] = to_bf16(low);
+    if (row + 1 < a.count) u[a.place(site, row + 1)] = to_bf16(high);
   }
 
  private:
@@ -91,13 +116,11 @@ struct ShrinkWork {
   Tile tile;
   ARows a;
 
+  __device__ __forceinline__ void before_wait() const {}
   __device__ __forceinline__ int start() const { return first; }
   __device__ __forceinline__ int next(int unit) const { return unit + stride; }
   __device__ __forceinline__ bool exists(int unit) const { return unit * kStreamRows < a.count; }
-  __device__ __forceinline__ const bf16* row(int unit, int r) const {
-    const int row = unit * kStreamRows + r;
-    return row < a.count ? a.row(args.site, row) : nullptr;
-  }
+  __device__ __forceinline__ RowSource rows(int unit) const { return RowSource::of(args.site, a, unit * kStreamRows); }
   __device__ __forceinline__ int token_row(int t) const { return args.batch.perm[tile.start + t]; }
   __device__ __forceinline__ const bf16* token(int, int t) const {
     return t < tile.count ? args.x + token_row(t) * args.x_stride : nullptr;
@@ -129,7 +152,7 @@ SGL_DEVICE void shrink_tile(const LoraSite& site, const ARows& a, int first, con
   if (rows <= 0) return wait_for_previous_kernel();  // the same for every block of the cluster
   const Range k = part_of(site.in_features, cluster_rank(), cluster_size());
   Gemm gemm;
-  gemm.run([&](int r) -> const bf16* { return r < rows ? a.row(site, first + r) : nullptr; },
+  gemm.run(RowSource::of(site, a, first),
            [&](int t) -> const bf16* {
              const int row = t < tokens ? token_row(t) : -1;
              return row < 0 ? nullptr : x + row * x_stride;
@@ -138,7 +161,7 @@ SGL_DEVICE void shrink_tile(const LoraSite& site, const ARows& a, int first, con
   gemm.reduce(rows, tokens, [&](int r, int t, const Float4& sum) {
     const int row = token_row(t);
     if (row < 0) return;
-    for (int j = 0; j < 4 && r + j < rows; ++j) u[row * u_stride + a.u_column(site, first + r + j)] = to_bf16(sum.v[j]);
+    for (int j = 0; j < 4 && r + j < rows; ++j) u[row * u_stride + a.place(site, first + r + j)] = to_bf16(sum.v[j]);
   });
 }
 

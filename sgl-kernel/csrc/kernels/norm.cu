@@ -1,16 +1,22 @@
-// Entry points of norm.h: alone, and with a low-rank term, named by the ranks that are kept in registers.
+// Entry points of norm.h: alone, and with a low-rank term, named by the token rows of a tile and the ranks that are kept in
+// registers.
 #include "norm.h"
 
-static_assert(sgl::Strip::kColumns == sgl::kStripColumns && sgl::kNormPart == sgl::kStripColumns, "geometry.h");
-static_assert(sgl::norm_turn_bytes(sgl::kWarp, true) == sgl::norm_threads(sgl::kWarp) * sgl::Strip::kRows * 16, "geometry.h");
-static_assert(sgl::norm_room(sgl::kWarp, sgl::kMaxHidden, 1) >= 2 * sgl::norm_staged(sgl::kMaxHidden, 1), "shared memory");
+static_assert(sgl::Strip<8>::kColumns == sgl::kStripColumns && sgl::kNormPart == sgl::kStripColumns, "geometry.h");
+static_assert(sgl::norm_room(sgl::kWarp, sgl::kMaxHidden) >= 2 * sgl::norm_staged(sgl::kMaxHidden, 1), "shared memory");
 
-SGL_KERNEL_OF(sgl::norm_threads(sgl::kWarp), 3) fused_add_rmsnorm(SGL_ARGS(sgl::NormArgs) args) {
+SGL_KERNEL_OF(sgl::norm_threads(sgl::kWarp, false), 4) fused_add_rmsnorm(SGL_ARGS(sgl::NormArgs) args) {
   sgl::fused_add_rmsnorm<sgl::Lines, 0>(args);
 }
-SGL_KERNEL_OF(sgl::norm_threads(sgl::kWarp), 2) fused_add_rmsnorm_16(SGL_ARGS(sgl::NormArgs) args) {
-  sgl::fused_add_rmsnorm<sgl::Strips, 1>(args);
-}
-SGL_KERNEL_OF(sgl::norm_threads(sgl::kWarp), 1) fused_add_rmsnorm_64(SGL_ARGS(sgl::NormArgs) args) {
-  sgl::fused_add_rmsnorm<sgl::Strips, 4>(args);
-}
+
+#define SGL_NORM(tile, rank, blocks)                                                                          \
+  static_assert(sgl::Strip<tile == 16 ? 8 : 16>::kTokens == sgl::strip_tokens(sgl::kWarp, tile), "geometry.h"); \
+  SGL_KERNEL_OF(sgl::norm_threads(sgl::kWarp, true), blocks)                                                  \
+  fused_add_rmsnorm_##tile##x##rank(SGL_ARGS(sgl::NormArgs) args) {                                           \
+    sgl::fused_add_rmsnorm<sgl::Strips<sgl::Strip<tile == 16 ? 8 : 16>>, rank / 16>(args);                    \
+  }
+
+SGL_NORM(16, 16, 6)
+SGL_NORM(16, 64, 3)
+SGL_NORM(64, 16, 4)
+SGL_NORM(64, 64, 2)

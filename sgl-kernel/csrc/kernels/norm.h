@@ -10,24 +10,27 @@
 
 namespace sgl {
 
-constexpr int kNormWarps = norm_warps(kWarp);
-
 // Which part of which of a block's rows a lane has, by turns: `Strips`, as a low-rank term is computed, warps taking
 // parts of sixteen rows; `Lines`, neighbouring lanes along a row, where there is none.
+template <class Strip_>
 struct Strips {
+  using Strip = Strip_;
   static constexpr int kRows = Strip::kRows;
+  static constexpr int kWarps = norm_warps(kWarp, true);
 
   __device__ __forceinline__ Strips(int) {}
   __device__ __forceinline__ int row(int i) const { return Strip::row(i); }
-  __device__ __forceinline__ int part(int turn) const { return turn * kNormWarps + warp_id(); }
+  __device__ __forceinline__ int part(int turn) const { return turn * kWarps + warp_id(); }
   __device__ __forceinline__ int column() const { return Strip::column(); }
   SGL_DEVICE float sum(float squares) { return sum_strip_row(squares); }
 };
 struct Lines {
+  using Strip = sgl::Strip<16>;  // of no use
   static constexpr int kRows = 1;
+  static constexpr int kWarps = norm_warps(kWarp, false);
   int parts, own_row, own_part;  // parts that the threads have at once
 
-  __device__ __forceinline__ Lines(int rows) : parts(kNormWarps * kWarp / 4 / rows) {
+  __device__ __forceinline__ Lines(int rows) : parts(kWarps * kWarp / 4 / rows) {
     own_row = thread_id() / 4 / parts;
     own_part = thread_id() / 4 - own_row * parts;
   }
@@ -42,8 +45,9 @@ struct Lines {
 
 template <class Lanes, int kSteps>
 struct AddNorm {
+  using Strip = typename Lanes::Strip;
   static constexpr int kRows = Lanes::kRows;
-  static constexpr int kThreads = kNormWarps * kWarp;
+  static constexpr int kThreads = Lanes::kWarps * kWarp;
   static constexpr bool kLora = kSteps > 0;
   static constexpr int kHeldSteps = kLora ? kSteps : 1;
 
@@ -54,41 +58,44 @@ struct AddNorm {
   const NormArgs& args;
   const Rows& rows;
   const Lanes lanes;
-  int parts, first, columns;  // this block's parts and columns of a row
+  int first, columns;  // this block's columns of a row
   int turns;
   int row[kRows];  // of x and residual, negative for none
-  bool few;        // no lane has a row other than its first
   float *sums, *scales;
   bf16* weight;
   Vec8* held;
 
   __device__ __forceinline__ AddNorm(const NormArgs& args_, const Rows& rows_)
       : args(args_), rows(rows_), lanes(args_.block_tokens) {
-    parts = args.parts;
-    first = cluster_rank() * parts * kNormPart;
-    const int left = args.hidden - first, most = parts * kNormPart;
+    first = cluster_rank() * args.parts * kNormPart;
+    const int left = args.hidden - first, most = args.parts * kNormPart;
     columns = left < 0 ? 0 : left < most ? left : most;
     turns = args.turns;
-    few = kLora && rows.count <= 8;
     SGL_UNROLL
     for (int i = 0; i < kRows; ++i) row[i] = row_of(rows, lanes.row(i));
-    sums = reinterpret_cast<float*>(shared_memory());  // [part of this block][row]
-    scales = sums + parts * kNormRows;
+    sums = reinterpret_cast<float*>(shared_memory());  // [part of a row][row], every block's own copy
+    scales = sums + (args.hidden + kNormPart - 1) / kNormPart * kNormRows;
     weight = reinterpret_cast<bf16*>(scales + kNormRows);
     held = reinterpret_cast<Vec8*>(weight + args.staged);
   }
 
   __device__ __forceinline__ void run() {
+    if (cluster_size() > 1) cluster_start();
     const Module module = kLora ? module_of(args.delta, rows.slot, rows.rank, 0) : Module{};
-    BStrip<kHeldSteps> b;
-    if (module.b != nullptr) fetch_b(b, module, 0);
+    BStrip<Strip, kHeldSteps> b, next_b;
+    if (module.b != nullptr) {
+      fetch_b(b, module, 0);
+      fetch_b(next_b, module, 1);
+    }
+    SGL_NO_UNROLL
     for (int i = thread_id() * 8; i < args.staged && i < columns; i += kThreads * 8)
       async_copy16(weight + i, args.weight + first + i, 16);
     async_commit();
     wait_for_previous_kernel();
-    UStrip<kHeldSteps> u;
+    UStrip<Strip, kHeldSteps> u;
     Inputs next = load(0);
     if (module.b != nullptr) fetch_u(u, module);
+    if (cluster_size() > 1) cluster_started();  // so that their shared memory may be written
     SGL_NO_UNROLL
     for (int turn = 0; turn < turns; ++turn) {
       const Inputs now = next;
@@ -96,11 +103,11 @@ struct AddNorm {
       Strip term = {};
       if (module.b != nullptr) {
         term = multiply(module, b, u);
-        if (turn + 1 < turns) fetch_b(b, module, turn + 1);
+        b = next_b;
+        if (turn + 2 < turns) fetch_b(next_b, module, turn + 2);
       }
       SGL_UNROLL
       for (int i = 0; i < kRows; ++i) {
-        if (i > 0 && few) continue;
         Float8 sum = unpack(now.x[i]);
         if (args.residual != nullptr) add(sum, unpack(now.residual[i]));
         if (kLora) add_term(sum, module, term, i);
@@ -111,12 +118,11 @@ struct AddNorm {
     if (cluster_size() > 1) cluster_barrier();
     else barrier();
     compute_scales();
-    if (cluster_size() > 1) cluster_arrive();
     barrier();
+    SGL_NO_UNROLL
     for (int turn = 0; turn < turns; ++turn)
       SGL_UNROLL
       for (int i = 0; i < kRows; ++i) normalise(turn, i);
-    if (cluster_size() > 1) cluster_wait();  // nobody leaves while others read its sums
   }
 
  private:
@@ -141,42 +147,50 @@ struct AddNorm {
     return in;
   }
 
-  __device__ __forceinline__ void fetch_b(BStrip<kHeldSteps>& b, const Module& module, int turn) const {
+  __device__ __forceinline__ void fetch_b(BStrip<Strip, kHeldSteps>& b, const Module& module, int turn) const {
     const int start = lanes.part(turn) * kNormPart;
     if constexpr (kLora) b.fetch(module, first + start, columns - start);
   }
-  __device__ __forceinline__ void fetch_u(UStrip<kHeldSteps>& u, const Module& module) const {
+  __device__ __forceinline__ void fetch_u(UStrip<Strip, kHeldSteps>& u, const Module& module) const {
     if constexpr (kLora) u.fetch(module, row);
   }
 
   __device__ __forceinline__ void accumulate(int turn, int i, const Float8& sum) {
     const Vec8 rounded = pack(sum);  // of an input alone, its own bits
-    if (args.residual != nullptr && mine(turn, i)) store_vec(residual(turn, i), rounded);
+    // What is held is stored later: a cluster's barrier would wait for it.
     if (turn < args.held) held[(turn * kRows + i) * kThreads + thread_id()] = rounded;
+    else if (args.residual != nullptr && mine(turn, i)) store_vec(residual(turn, i), rounded);
     const float squares = lanes.sum(add_squares(0.f, unpack(rounded)));
-    if (lanes.column() == 0 && mine(turn, i)) sums[lanes.part(turn) * kNormRows + lanes.row(i)] = squares;
+    if (row[i] < 0 || lanes.part(turn) * kNormPart >= columns) return;
+    float* const place = sums + (first / kNormPart + lanes.part(turn)) * kNormRows + lanes.row(i);
+    SGL_NO_UNROLL
+    for (int block = lanes.column() / 8; block < cluster_size(); block += 4) cluster_store(place, block, squares);
   }
 
   __device__ __forceinline__ void compute_scales() {
     const int all = (args.hidden + kNormPart - 1) / kNormPart;
+    SGL_NO_UNROLL
     for (int i = thread_id() / 16; i < kNormRows; i += kThreads / 16) {
       float sum = 0.f;
       if (i < rows.count)
-        for (int part = thread_id() % 16, block = 0, in_block = part; part < all; part += 16, in_block += 16) {
-          for (; in_block >= parts; in_block -= parts) ++block;  // no division: this stands in everybody's way
-          sum += cluster_size() > 1 ? cluster_load(sums + in_block * kNormRows + i, block) : sums[part * kNormRows + i];
-        }
+        SGL_NO_UNROLL
+        for (int part = thread_id() % 16; part < all; part += 16) sum += sums[part * kNormRows + i];
       SGL_UNROLL
       for (int mask = 8; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-      if (thread_id() % 16 == 0 && i < rows.count) scales[i] = rsqrt(multiply_add(sum, 1.f / args.hidden, args.eps));
+      if (thread_id() % 16 == 0 && i < rows.count) scales[i] = rsqrt(multiply_add(sum, args.mean, args.eps));
     }
   }
 
   __device__ __forceinline__ void normalise(int turn, int i) {
     if (!mine(turn, i)) return;
-    const bf16* source = args.residual != nullptr ? residual(turn, i) : input(turn, i);
-    const Vec8* kept = held + (turn * kRows + i) * kThreads + thread_id();
-    const Float8 value = unpack(turn < args.held ? *kept : load_vec(source));
+    Vec8 rounded;
+    if (turn < args.held) {
+      rounded = held[(turn * kRows + i) * kThreads + thread_id()];
+      if (args.residual != nullptr) store_vec(residual(turn, i), rounded);
+    } else {
+      rounded = load_vec(args.residual != nullptr ? residual(turn, i) : input(turn, i));
+    }
+    const Float8 value = unpack(rounded);
     const Float8 w = unpack(load_vec((column(turn) < args.staged ? weight : args.weight + first) + column(turn)));
     const float scale = scales[lanes.row(i)];
     Float8 out;
@@ -187,18 +201,13 @@ struct AddNorm {
   }
 };
 
-// Grid: x = cluster * pieces, y = tiles of the batch, or without one ceil(tokens / (pieces * block_tokens)); cluster
-// 1, 2, 4 or 8 along x. A piece is block_tokens rows of a tile: sixteen with a batch.
+// Grid: x = cluster * pieces of a tile, y = tiles of the batch; or without one x = cluster, y = ceil(tokens / block_tokens).
+// Clusters are 1, 2, 4 or 8 along x. A piece is block_tokens rows, those of a strip.
 template <class Lanes, int kSteps>
 SGL_DEVICE void fused_add_rmsnorm(const NormArgs& args) {
   let_next_kernel_start();
-  const int pieces = grid_x() / cluster_size(), piece = block_x() / cluster_size();
-  Rows rows = kSteps > 0 ? rows_of_tile(args.delta.batch, block_y())
-                         : neighbouring_rows(args.tokens, block_y() * pieces + piece, args.block_tokens);
-  if (kSteps > 0) {
-    rows.first += piece * kNormRows;
-    rows.count = rows.count - piece * kNormRows < kNormRows ? rows.count - piece * kNormRows : kNormRows;
-  }
+  const Rows rows = kSteps > 0 ? piece_of(rows_of_tile(args.delta.batch, block_y()), cluster_x(), args.block_tokens)
+                               : neighbouring_rows(args.tokens, block_y(), args.block_tokens);
   if (rows.count <= 0) return wait_for_previous_kernel();  // the same for every block of the cluster
   AddNorm<Lanes, kSteps>(args, rows).run();
 }

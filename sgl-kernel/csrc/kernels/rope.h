@@ -128,12 +128,15 @@ SGL_DEVICE void qk_norm_rope_plain(const RopeArgs& args) {
   }
 }
 
-// With one: a warp has a strip of the first half of a head and the strip that it turns with. What is static and small is fetched ahead
-// with kEarly; for prompts the registers are worth more.
-template <int kHeadDim, int kSteps, bool kEarly>
+// With one: a warp has a strip of the first half of a head and the strip that it turns with. With kMany it walks over the
+// rows of a tile, the next ones being on their way; without, what is static and small is fetched ahead.
+template <int kHeadDim, class Strip, int kSteps, bool kMany>
 struct QkNormRope {
   static constexpr int kRows = Strip::kRows;
   static constexpr int kWarps = kHeadDim / (2 * Strip::kColumns);  // of a head
+  struct Inputs {
+    Pair x[kRows];
+  };
 
   const RopeArgs& args;
   const Rows& rows;
@@ -145,44 +148,46 @@ struct QkNormRope {
 
   __device__ __forceinline__ void run() {
     const Module module = module_of(args.delta, head.exists ? rows.slot : -1, rows.rank, head.slice);
-    BStrip<kSteps> low_b, high_b;
+    BStrip<Strip, kSteps> low_b, high_b;
     if (module.b != nullptr) {
       const int first = head.index * kHeadDim + in_head() - Strip::column();
       low_b.fetch(module, first, Strip::kColumns);
       high_b.fetch(module, first + kHeadDim / 2, Strip::kColumns);
     }
+    StripRows<Strip> next_rows(rows, 0);
     Pair weight, bias;
-    if (kEarly) weight = head.weight(), bias = head.bias();
-    SGL_NO_UNROLL
-    for (int begin = 0; begin < rows.count; begin += 16) {
-      const StripRows strip(rows, begin);
-      int64_t loc[kRows];
-      Turn turn[kRows];
+    int64_t loc[kRows];
+    Turn turn[kRows];
+    if (!kMany) {
+      weight = head.weight(), bias = head.bias();
       SGL_UNROLL
-      for (int i = 0; i < kRows; ++i) {
-        if (!kEarly || strip.skips(i)) continue;
-        loc[i] = head.loc(strip.row[i]);
-        turn[i] = head.turn(strip.row[i]);
+      for (int i = 0; i < kRows; ++i) loc[i] = head.loc(next_rows.row[i]), turn[i] = head.turn(next_rows.row[i]);
+    }
+    wait_for_previous_kernel();
+    Inputs next = load(next_rows);
+    int begin = 0;
+    do {
+      const StripRows<Strip> strip = next_rows;
+      const Inputs in = next;
+      begin += Strip::kTokens;
+      if (kMany && begin < rows.count) {
+        next_rows = StripRows<Strip>(rows, begin);
+        next = load(next_rows);
       }
-      if (begin == 0) wait_for_previous_kernel();
-      Pair x[kRows];
-      SGL_UNROLL
-      for (int i = 0; i < kRows; ++i) x[i] = head.load(strip.row[i]);
       Strip low_term = {}, high_term = {};
       if (module.b != nullptr) {
-        UStrip<kSteps> u;
+        UStrip<Strip, kSteps> u;
         u.fetch(module, strip.row);
         low_term = multiply(module, low_b, u);
         high_term = multiply(module, high_b, u);
       }
-      if (!kEarly) weight = head.weight(), bias = head.bias();
+      if (kMany) weight = head.weight(), bias = head.bias();
       Float8 low[kRows], high[kRows];
       float squares[kRows];
       SGL_UNROLL
       for (int i = 0; i < kRows; ++i) {
-        if (strip.skips(i)) continue;
-        low[i] = unpack(x[i].low);
-        high[i] = unpack(x[i].high);
+        low[i] = unpack(in.x[i].low);
+        high[i] = unpack(in.x[i].high);
         head.add_bias(low[i], high[i], bias);
         add_term(low[i], module, low_term, i);
         add_term(high[i], module, high_term, i);
@@ -191,16 +196,21 @@ struct QkNormRope {
       if (has_norm(args)) add_warps(squares);
       SGL_UNROLL
       for (int i = 0; i < kRows; ++i) {
-        if (strip.skips(i)) continue;
-        head.normalise(low[i], high[i], squares[i], weight);
         const int row = strip.row[i];
-        head.finish(low[i], high[i], kEarly ? turn[i] : head.turn(row), row, kEarly ? loc[i] : head.loc(row));
+        head.normalise(low[i], high[i], squares[i], weight);
+        head.finish(low[i], high[i], kMany ? head.turn(row) : turn[i], row, kMany ? head.loc(row) : loc[i]);
       }
-    }
+    } while (kMany && begin < rows.count);
   }
 
  private:
   SGL_DEVICE int in_head() { return warp_id() % kWarps * Strip::kColumns + Strip::column(); }
+  __device__ __forceinline__ Inputs load(const StripRows<Strip>& strip) const {
+    Inputs in;
+    SGL_UNROLL
+    for (int i = 0; i < kRows; ++i) in.x[i] = head.load(strip.row[i]);
+    return in;
+  }
 
   // From the squares of a warp's strips those of its head. All warps of a block come here equally often.
   __device__ __forceinline__ void add_warps(float (&squares)[kRows]) {
@@ -223,13 +233,14 @@ struct QkNormRope {
   }
 };
 
-// Grid: x = ceil((num_heads + 2 num_kv_heads) / block_heads), each head kHeadDim / 64 warps; y = tiles of the batch.
-template <int kHeadDim, int kSteps, bool kEarly>
+// Grid: x = ceil((num_heads + 2 num_kv_heads) / block_heads), each head kHeadDim / 64 warps; y = pieces of the batch's
+// tiles.
+template <int kHeadDim, class Strip, int kSteps, bool kMany>
 SGL_DEVICE void qk_norm_rope(const RopeArgs& args) {
   let_next_kernel_start();
-  const Rows rows = rows_of_tile(args.delta.batch, block_y());
+  const Rows rows = rows_of_piece(args.delta.batch, args.block_tokens, args.piece_bits);
   if (rows.count <= 0) return wait_for_previous_kernel();
-  QkNormRope<kHeadDim, kSteps, kEarly>(args, rows).run();
+  QkNormRope<kHeadDim, Strip, kSteps, kMany>(args, rows).run();
 }
 
 }  // namespace sgl

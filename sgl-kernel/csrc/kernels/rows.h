@@ -28,16 +28,29 @@ SGL_DEVICE int row_of(const Rows& rows, int i) {
   return rows.perm == nullptr ? rows.first + i : rows.perm[rows.first + i];
 }
 
+// What a block that takes `size` rows of every tile has of this one.
+SGL_DEVICE Rows piece_of(Rows rows, int piece, int size) {
+  const int left = rows.count - piece * size;
+  rows.first += piece * size;
+  rows.count = left < size ? left : size;
+  return rows;
+}
+
+// A tile is 1 << bits pieces, neighbours along y.
+SGL_DEVICE Rows rows_of_piece(const LoraBatch& batch, int size, int bits) {
+  const int tile = block_y() >> bits;
+  return piece_of(rows_of_tile(batch, tile), block_y() - (tile << bits), size);
+}
+
 // This lane's rows of a strip.
+template <class Strip>
 struct StripRows {
   int row[Strip::kRows];
-  bool few;  // no lane has a row other than its first
 
-  __device__ __forceinline__ StripRows(const Rows& rows, int begin) : few(rows.count - begin <= 8) {
+  __device__ __forceinline__ StripRows(const Rows& rows, int begin) {
     SGL_UNROLL
     for (int i = 0; i < Strip::kRows; ++i) row[i] = row_of(rows, begin + Strip::row(i));
   }
-  __device__ __forceinline__ bool skips(int i) const { return i > 0 && few; }
 };
 
 SGL_DEVICE Float8 unpack(const Vec8& packed) {

@@ -82,7 +82,7 @@ struct NormArgs {
   int32_t tokens, hidden;
   int32_t block_tokens;         // token rows a block takes: a power of two, at most kNormRows
   int32_t parts, turns, staged, held;  // norm_block_parts(), norm_turns(), norm_staged() and norm_held()
-  float eps;
+  float eps, mean;  // mean: 1 / hidden
   LoraDelta delta;
 };
 
@@ -91,6 +91,7 @@ struct ActivationArgs {
   uint16_t* out;
   int64_t x_stride, out_stride;
   int32_t tokens, inner;
+  int32_t block_tokens, piece_bits;  // rows that a block takes; their pieces make a tile, 1 << piece_bits of them
   LoraDelta delta;
 };
 
@@ -106,7 +107,8 @@ struct RopeArgs {
   const int64_t* locs;  // row of the pools for every token
   int64_t qkv_stride;
   int32_t tokens, num_heads, num_kv_heads;
-  int32_t block_heads;  // that a block takes
+  int32_t block_heads;               // that a block takes
+  int32_t block_tokens, piece_bits;  // and rows; their pieces make a tile, 1 << piece_bits of them
   float eps;
   LoraDelta delta;
 };

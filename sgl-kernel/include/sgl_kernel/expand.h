@@ -1,4 +1,4 @@
-// The low-rank term of a strip, 32 columns of up to sixteen token rows: scale * (B u), added where the lanes have the rows
+// The low-rank term of a strip, 32 columns of 8 or 16 token rows: scale * (B u), added where the lanes have the rows
 // anyway.
 //
 // Used by the plain expand kernel and by every kernel that reads a projection's output. A warp multiplies
@@ -48,7 +48,7 @@ SGL_DEVICE Vec4 load_u(const Module& module, int row, int k) {
 }
 
 // B of 32 columns of a slice, from `first` on, of which `columns` exist: the first 16 kSteps ranks.
-template <int kSteps>
+template <class Strip, int kSteps>
 struct BStrip {
   int first, columns;
   Vec4 held[kSteps][Strip::kParts];
@@ -67,7 +67,7 @@ struct BStrip {
 };
 
 // u of this lane's rows, the same ranks.
-template <int kSteps>
+template <class Strip, int kSteps>
 struct UStrip {
   int row[Strip::kRows];
   Vec4 held[kSteps][Strip::kRows];
@@ -84,23 +84,27 @@ struct UStrip {
   }
 };
 
-// B u for this lane's columns and rows. All lanes of a warp take part.
-template <int kSteps>
-SGL_DEVICE Strip multiply(const Module& module, const BStrip<kSteps>& b, const UStrip<kSteps>& u) {
+// B u for this lane's columns and rows. All lanes of a warp take part. With kSteps 1 there are no higher ranks: the code
+// for them would be fetched by everybody.
+template <class Strip, int kSteps>
+SGL_DEVICE Strip multiply(const Module& module, const BStrip<Strip, kSteps>& b, const UStrip<Strip, kSteps>& u) {
   Strip sum = {};
   SGL_UNROLL
   for (int step = 0; step < kSteps; ++step)
     if (16 * step < module.rank) mma(sum, u.held[step], b.held[step]);
-  SGL_NO_UNROLL
-  for (int k = 16 * kSteps; k < module.rank; k += 16) {
-    Vec4 rows[Strip::kRows], parts[Strip::kParts];
-    u.load(rows, module, k);
-    b.load(parts, module, k);
-    mma(sum, rows, parts);
+  if constexpr (kSteps > 1) {
+    SGL_NO_UNROLL
+    for (int k = 16 * kSteps; k < module.rank; k += 16) {
+      Vec4 rows[Strip::kRows], parts[Strip::kParts];
+      u.load(rows, module, k);
+      b.load(parts, module, k);
+      mma(sum, rows, parts);
+    }
   }
   return sum;
 }
 // y of row i, with its term.
+template <class Strip>
 SGL_DEVICE void add_term(Float8& y, const Module& module, const Strip& product, int i) {
   if (module.rank == 0) return;
   SGL_UNROLL

@@ -39,6 +39,9 @@ constexpr int gemm_shared_bytes(int warp, int rows, int tokens) {
 
 constexpr int kStripColumns = 32;  // of a warp
 
+// Token rows of a warp at once, by those of the batch's tiles. Few where a step is waited for: what a lane does is code to be fetched.
+constexpr int strip_tokens(int warp, int tile) { return tile == 16 && warp == 32 ? 8 : 16; }
+
 constexpr int expand_warps(int warp) { return 128 / warp; }
 constexpr int expand_threads(int warp) { return expand_warps(warp) * warp; }
 constexpr int expand_blocks(int warp, int columns) { return ceil_div(columns, expand_warps(warp) * kStripColumns); }
@@ -51,38 +54,40 @@ constexpr int kNormRows = 16;  // token rows of a block at most
 constexpr int kMaxHidden = 16384;
 constexpr int kMaxCluster = 8;
 
-constexpr int norm_warps(int warp) { return 256 / warp; }
-constexpr int norm_threads(int warp) { return norm_warps(warp) * warp; }
+// With a term few enough that a block finds room beside two of a product: it is then there before the product has ended, and
+// the next product's blocks find their place.
+constexpr int norm_warps(int warp, bool lora) { return lora ? 4 : 256 / warp; }
+constexpr int norm_threads(int warp, bool lora) { return norm_warps(warp, lora) * warp; }
 constexpr int norm_cluster(int tile, int hidden) {  // a good size where blocks can form clusters; 1 elsewhere
-  const int wanted = ceil_div(hidden, tile == 16 ? 256 : 2048);
+  const int wanted = ceil_div(hidden, tile == 16 ? 256 : 1024);
   return wanted > 4 ? 8 : wanted > 2 ? 4 : wanted;
 }
 // Parts that a block has, that its threads have at once, and the turns that it takes.
 constexpr int norm_block_parts(int hidden, int cluster) { return ceil_div(ceil_div(hidden, kNormPart), cluster); }
 constexpr int norm_parts_at_once(int warp, int block_tokens, bool lora) {
-  return lora ? norm_warps(warp) : norm_threads(warp) / 4 / block_tokens;
+  return lora ? norm_warps(warp, true) : norm_threads(warp, false) / 4 / block_tokens;
 }
 constexpr int norm_turns(int warp, int hidden, int cluster, int block_tokens, bool lora) {
   return ceil_div(norm_block_parts(hidden, cluster), norm_parts_at_once(warp, block_tokens, lora));
 }
-constexpr int norm_turn_bytes(int warp, bool lora) { return norm_threads(warp) * (lora && warp == 32 ? 2 : 1) * 16; }
-// Shared memory without the two parts that may be smaller than a row.
-constexpr int norm_fixed_bytes(int hidden, int cluster) { return (norm_block_parts(hidden, cluster) + 1) * kNormRows * 4; }
-constexpr int norm_room(int warp, int hidden, int cluster) {
-  return (warp == 64 ? 65536 : 98304) - norm_fixed_bytes(hidden, cluster);
+constexpr int norm_turn_bytes(int warp, int block_tokens, bool lora) {
+  return norm_threads(warp, lora) * (lora && warp == 32 ? block_tokens / 8 : 1) * 16;
 }
+// Shared memory without the two parts that may be smaller than a row.
+constexpr int norm_fixed_bytes(int hidden) { return (ceil_div(hidden, kNormPart) + 1) * kNormRows * 4; }
+constexpr int norm_room(int warp, int hidden) { return (warp == 64 ? 65536 : 98304) - norm_fixed_bytes(hidden); }
 // Columns of the weight that are fetched into shared memory ahead of the previous kernel's end.
 constexpr int norm_staged(int hidden, int cluster) {
   return smaller(norm_block_parts(hidden, cluster) * kNormPart, 4096);
 }
 // Turns whose sums stay in shared memory until they are normalised; those of others are read again.
 constexpr int norm_held(int warp, int hidden, int cluster, int block_tokens, bool lora) {
-  const int room = norm_room(warp, hidden, cluster) - norm_staged(hidden, cluster) * 2;
-  return smaller(norm_turns(warp, hidden, cluster, block_tokens, lora), room / norm_turn_bytes(warp, lora));
+  const int room = norm_room(warp, hidden) - norm_staged(hidden, cluster) * 2;
+  return smaller(norm_turns(warp, hidden, cluster, block_tokens, lora), room / norm_turn_bytes(warp, block_tokens, lora));
 }
 constexpr int norm_shared_bytes(int warp, int hidden, int cluster, int block_tokens, bool lora) {
-  return norm_fixed_bytes(hidden, cluster) + norm_staged(hidden, cluster) * 2 +
-         norm_held(warp, hidden, cluster, block_tokens, lora) * norm_turn_bytes(warp, lora);
+  return norm_fixed_bytes(hidden) + norm_staged(hidden, cluster) * 2 +
+         norm_held(warp, hidden, cluster, block_tokens, lora) * norm_turn_bytes(warp, block_tokens, lora);
 }
 
 // ---- SwiGLU (activation.h) -----------------------------------------------------------------------------------------

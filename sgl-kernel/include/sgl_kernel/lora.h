@@ -46,15 +46,13 @@ struct ARows {
   int slot, rank, count;
 
   SGL_DEVICE ARows of(const LoraSite& site, int slot, int rank) { return {slot, rank, site.num_slices * rank}; }
-  __device__ __forceinline__ int slice(int row) const { return (row >= rank) + (row >= 2 * rank); }
-  __device__ __forceinline__ const bf16* row(const LoraSite& site, int row) const {
-    const int skipped = slice(row) * (site.rank_cap - rank) + row;
-    return reinterpret_cast<const bf16*>(slab_of(site, slot) + site.a_offset) +
-           static_cast<int64_t>(skipped) * site.in_features;
-  }
-  __device__ __forceinline__ int u_column(const LoraSite& site, int row) const {
-    return slice(row) * (site.rank_cap - rank) + row;
+  // A row's place among the rows of A that a slab has room for, which is also its column of u.
+  __device__ __forceinline__ int place(const LoraSite& site, int row) const {
+    return row + ((row >= rank) + (row >= 2 * rank)) * (site.rank_cap - rank);
   }
 };
+SGL_DEVICE const bf16* a_of(const LoraSite& site, int slot) {
+  return reinterpret_cast<const bf16*>(slab_of(site, slot) + site.a_offset);
+}
 
 }  // namespace sgl

@@ -43,7 +43,8 @@ struct StreamGemm {
   };
 
   // Compute the units work.start(), work.next(...), ... as long as work.exists(unit), over k_begin <= k < k_end. `Work`
-  // says what they are: row(unit, r) and token(unit, t), the start of a row of K or null for zeros; tokens(unit), how many there are;
+  // says what they are: rows(unit), which is called with r for the start of a row of K or null for zeros, and token(unit, t) likewise;
+  // tokens(unit), how many there are;
   // store(unit, row, token, low, high), which takes the sums of `row` and `row + 1`, both of which may be rows for which row() is null.
   template <class Work>
   SGL_DEVICE void run(const Work& work, int k_begin, int k_end) {
@@ -59,9 +60,11 @@ struct StreamGemm {
 
     auto copy_rows = [&](const Cursor& at) {
       const int k = k_first + at.slice * kWarps * kDepth;
-      if (at.slice == 0)
+      if (at.slice == 0) {
+        const auto source = work.rows(at.unit);
         SGL_UNROLL
-        for (int i = 0; i < kRowCopies; ++i) rows[i] = work.row(at.unit, loader + i * kLoaders);
+        for (int i = 0; i < kRowCopies; ++i) rows[i] = source(loader + i * kLoaders);
+      }
       SGL_UNROLL
       for (int i = 0; i < kRowCopies; ++i)
         copy(ring + at.stage * kStageBytes + swizzle(loader + i * kLoaders, chunk), rows[i], k, k_end);
@@ -78,6 +81,7 @@ struct StreamGemm {
 
     const int first = work.start();
     Cursor fetched{first, 0, 0};
+    SGL_NO_UNROLL
     for (int i = 0; i < kStages - 1; ++i) {
       if (busy && work.exists(fetched.unit)) {
         copy_rows(fetched);
@@ -85,8 +89,10 @@ struct StreamGemm {
       }
       async_commit();
     }
+    work.before_wait();
     wait_for_previous_kernel();
     Cursor followed{first, 0, 0};
+    SGL_NO_UNROLL
     for (int i = 0; i < kStages - 1; ++i) {
       if (busy && work.exists(followed.unit)) {
         copy_tokens(followed);
@@ -97,6 +103,7 @@ struct StreamGemm {
     int stage = 0;
     for (int unit = first; work.exists(unit); unit = work.next(unit)) {
       Accumulator even = {}, odd = {};
+      SGL_NO_UNROLL
       for (int slice = 0; slice < slices; ++slice) {
         async_wait<kStages - 2>();
         warp_barrier();
@@ -146,17 +153,24 @@ struct StreamGemm {
     else barrier();
     constexpr int kPairs = kRows / 2;
     const int pairs = work.tokens(unit) * kPairs;
+    SGL_NO_UNROLL
     for (int i = cluster_rank() * kThreads + thread_id(); i < pairs; i += parts * kThreads) {
       const int token = i / kPairs, row = i % kPairs * 2;
+      const Float2* const own = reinterpret_cast<const Float2*>(sums + token * kSumStride + row);
+      constexpr int kNextWarp = kTokens * kSumStride / 2;
       Float2 sum = {};
-      for (int part = 0; part < parts; ++part)
+      auto add = [&](const Float2& more) {
+        sum.v[0] += more.v[0];
+        sum.v[1] += more.v[1];
+      };
+      if (parts == 1)
         SGL_UNROLL
-        for (int warp = 0; warp < kWarps; ++warp) {
-          const float* const place = sums + (warp * kTokens + token) * kSumStride + row;
-          const Float2 more = cluster_load(reinterpret_cast<const Float2*>(place), part);
-          sum.v[0] += more.v[0];
-          sum.v[1] += more.v[1];
-        }
+        for (int warp = 0; warp < kWarps; ++warp) add(own[warp * kNextWarp]);
+      else
+        SGL_NO_UNROLL
+        for (int part = 0; part < parts; ++part)
+          SGL_UNROLL
+          for (int warp = 0; warp < kWarps; ++warp) add(cluster_load(own + warp * kNextWarp, part));
       work.store(unit, row, token, sum.v[0], sum.v[1]);
     }
     if (parts > 1) cluster_barrier();  // nobody overwrites its sums, or leaves, while others read them

@@ -152,7 +152,12 @@ SGL_DEVICE float exp_approx(float x) {  // e^x to about 2 ulp of float32
 // ---- memory --------------------------------------------------------------------------------------------------------
 
 SGL_DEVICE Vec8 load_vec(const void* p) { return *static_cast<const Vec8*>(p); }
-SGL_DEVICE Vec4 load_vec4(const void* p) { return *static_cast<const Vec4*>(p); }
+SGL_DEVICE Vec4 load_vec4(const void* p) {  // of global memory
+#if SGL_CUDA
+  __builtin_assume(__isGlobal(p));
+#endif
+  return *static_cast<const Vec4*>(p);
+}
 SGL_DEVICE void store_vec(void* p, const Vec8& v) { *static_cast<Vec8*>(p) = v; }
 
 // Ask for the cache line at `global` to be on its way to the last cache; nothing where there is no such instruction.
@@ -300,15 +305,16 @@ SGL_DEVICE void mma(Accumulator& d, const Fragment& a, const Fragment& b) {
 #endif
 }
 
-// D[16 x 32] += U[16 x 16] B[32 x 16]^T by one warp, out of registers: rows of D are tokens, and each lane has eight
-// neighbouring columns of kRows of them, as it would load and store them. Lanes take the summed dimension in an order of their own, which
-// is the same for U and B.
+// D += U B^T by one warp, out of registers: D is 8 or 16 tokens (always 16 on wave-64 GPUs) x 32 columns, U and B have sixteen
+// summed elements a row. Each lane has eight neighbouring columns of kRows tokens, as it would load and store them. Lanes take the
+// summed dimension in an order of their own, which is the same for U and B.
+template <int kTokens_>
 struct Strip {
   static constexpr int kColumns = 32;
 #if SGL_CUDA
-  static constexpr int kRows = 2, kParts = 4;
+  static constexpr int kTokens = kTokens_, kRows = kTokens / 8, kParts = 4;
 #else
-  static constexpr int kRows = 1, kParts = 2;
+  static constexpr int kTokens = 16, kRows = 1, kParts = 2;
 #endif
   float v[kRows][8];
 #if SGL_CUDA
@@ -325,18 +331,25 @@ struct Strip {
 #endif
 };
 
-SGL_DEVICE void mma(Strip& d, const Vec4 (&u)[Strip::kRows], const Vec4 (&b)[Strip::kParts]) {
+template <int kTokens>
+SGL_DEVICE void mma(Strip<kTokens>& d, const Vec4 (&u)[Strip<kTokens>::kRows], const Vec4 (&b)[Strip<kTokens>::kParts]) {
 #if SGL_CUDA
+  constexpr int kLast = Strip<kTokens>::kRows - 1;
+  float unused[2] = {0.f, 0.f};
   SGL_UNROLL
-  for (int j = 0; j < Strip::kParts; ++j)
+  for (int j = 0; j < Strip<kTokens>::kParts; ++j) {
+    float* const low = d.v[0] + 2 * j;
+    float* const high = kLast ? d.v[kLast] + 2 * j : unused;
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d.v[0][2 * j]), "+f"(d.v[0][2 * j + 1]), "+f"(d.v[1][2 * j]), "+f"(d.v[1][2 * j + 1])
-        : "r"(u[0].w[0]), "r"(u[1].w[0]), "r"(u[0].w[1]), "r"(u[1].w[1]), "r"(b[j].w[0]), "r"(b[j].w[1]));
+        : "+f"(low[0]), "+f"(low[1]), "+f"(high[0]), "+f"(high[1])
+        : "r"(u[0].w[0]), "r"(kLast ? u[kLast].w[0] : 0), "r"(u[0].w[1]), "r"(kLast ? u[kLast].w[1] : 0), "r"(b[j].w[0]),
+          "r"(b[j].w[1]));
+  }
 #else
   using Short4 = short __attribute__((ext_vector_type(4)));
   using Float4V = float __attribute__((ext_vector_type(4)));
   SGL_UNROLL
-  for (int j = 0; j < Strip::kParts; ++j) {
+  for (int j = 0; j < Strip<kTokens>::kParts; ++j) {
     float* v = d.v[0] + 4 * j;
     const Float4V c = __builtin_amdgcn_mfma_f32_16x16x16bf16_1k(
         __builtin_bit_cast(Short4, b[j]), __builtin_bit_cast(Short4, u[0]), Float4V{v[0], v[1], v[2], v[3]}, 0, 0, 0);
@@ -363,6 +376,15 @@ SGL_DEVICE int cluster_rank() {
   return 0;
 #endif
 }
+SGL_DEVICE int cluster_x() {  // which of the grid's clusters
+#if SGL_CUDA && __CUDA_ARCH__ >= 900
+  uint32_t index;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+  return static_cast<int>(index);
+#else
+  return block_x();
+#endif
+}
 SGL_DEVICE int cluster_size() {
 #if SGL_CUDA && __CUDA_ARCH__ >= 900
   uint32_t size;
@@ -372,7 +394,8 @@ SGL_DEVICE int cluster_size() {
   return 1;
 #endif
 }
-// A barrier of all threads of the cluster, and so of the block.
+// A barrier of all threads of the cluster, and so of the block. It waits until what they have stored to global memory has arrived
+// there.
 SGL_DEVICE void cluster_barrier() {
 #if SGL_CUDA && __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -380,16 +403,15 @@ SGL_DEVICE void cluster_barrier() {
   barrier();
 #endif
 }
-// The same barrier in two halves: what a block does in between is not ordered, but its shared memory stays until all
-// have arrived.
-SGL_DEVICE void cluster_arrive() {
+// A barrier in two halves that orders no memory: once it is passed, the others have started.
+SGL_DEVICE void cluster_start() {
 #if SGL_CUDA && __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
-SGL_DEVICE void cluster_wait() {
+SGL_DEVICE void cluster_started() {
 #if SGL_CUDA && __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 #endif
 }
 // What block `rank` of the cluster has at the place in shared memory that `p` is in this one.
@@ -427,6 +449,18 @@ SGL_DEVICE float cluster_load(const float* p, int rank) {
   return f;
 #else
   return *p;
+#endif
+}
+
+// Write that place in block `rank` of the cluster. It has started once the cluster has had a barrier; one more makes the
+// value visible.
+SGL_DEVICE void cluster_store(float* p, int rank, float value) {
+#if SGL_CUDA && __CUDA_ARCH__ >= 900
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(rank));
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+#else
+  *p = value;
 #endif
 }
 

@@ -190,17 +190,19 @@ SGL_DEVICE void mma(Accumulator& d, const Fragment& a, const Fragment& b, emu::P
     if (Accumulator::column(i) >= kColumns) d.v[i] = __builtin_nanf("");
 }
 
+template <int kTokens_>
 struct Strip {
   static constexpr int kColumns = 32;
 #if SGL_CUDA
-  static constexpr int kRows = 2, kParts = 4;
+  static constexpr int kTokens = kTokens_, kRows = kTokens / 8, kParts = 4;
 #else
-  static constexpr int kRows = 1, kParts = 2;
+  static constexpr int kTokens = 16, kRows = 1, kParts = 2;
 #endif
   float v[kRows][8];
 #if SGL_CUDA
   SGL_DEVICE int row(int i) { return lane_id() / 4 + 8 * i; }
-  SGL_DEVICE int column() { return lane_id() % 4 * 8; }
+  SGL_DEVICE int column() { return lane_id() % 4 * 8; }  // the first of eight
+  // A lane brings elements k() ... k() + 3 of its rows of U and of the columns part(0), part(1), ... of B.
   SGL_DEVICE int part(int j) { return lane_id() / 8 * 8 + j * 2 + lane_id() / 4 % 2; }
   SGL_DEVICE int k() { return lane_id() % 4 * 4; }
 #else
@@ -210,14 +212,17 @@ struct Strip {
   SGL_DEVICE int k() { return lane_id() / 16 * 4; }
 #endif
 };
-SGL_DEVICE void mma(Strip& d, const Vec4 (&u)[Strip::kRows], const Vec4 (&b)[Strip::kParts],
+template <int kTokens>
+SGL_DEVICE void mma(Strip<kTokens>& d, const Vec4 (&u)[Strip<kTokens>::kRows], const Vec4 (&b)[Strip<kTokens>::kParts],
                     emu::Place place = emu::here()) {
-  for (int j = 0; j < Strip::kParts; ++j) {
+  for (int j = 0; j < Strip<kTokens>::kParts; ++j) {
 #if SGL_CUDA
-    const uint32_t rows[] = {u[0].w[0], u[1].w[0], u[0].w[1], u[1].w[1]};
-    float c[] = {d.v[0][2 * j], d.v[0][2 * j + 1], d.v[1][2 * j], d.v[1][2 * j + 1]};
+    constexpr int kLast = Strip<kTokens>::kRows - 1;
+    const uint32_t rows[] = {u[0].w[0], kLast ? u[kLast].w[0] : 0, u[0].w[1], kLast ? u[kLast].w[1] : 0};
+    float c[4] = {};
+    for (int i = 0; i < 2 * (kLast + 1); ++i) c[i] = d.v[i / 2][2 * j + i % 2];
     emu::mma_m16n8k16(c, rows, b[j].w, place);
-    for (int i = 0; i < 4; ++i) d.v[i / 2][2 * j + i % 2] = c[i];
+    for (int i = 0; i < 2 * (kLast + 1); ++i) d.v[i / 2][2 * j + i % 2] = c[i];
 #else
     emu::mfma_f32_16x16x16_bf16(d.v[0] + 4 * j, b[j].w, u[0].w, place);
 #endif
@@ -232,11 +237,12 @@ SGL_DEVICE float sum_strip_row(float value, emu::Place place = emu::here()) {
 // ---- a cluster -----------------------------------------------------------------------------------------------------
 
 SGL_DEVICE int cluster_rank() { return emu::cluster_rank(); }
+SGL_DEVICE int cluster_x() { return emu::block_x() / emu::cluster_size(); }
 SGL_DEVICE int cluster_size() { return emu::cluster_size(); }
 SGL_DEVICE void cluster_barrier(emu::Place place = emu::here()) { emu::cluster_barrier(place); }
-// Arriving is free of effects here, and waiting is the whole barrier.
-SGL_DEVICE void cluster_arrive() {}
-SGL_DEVICE void cluster_wait(emu::Place place = emu::here()) { emu::cluster_barrier(place); }
+// The first half is free of effects here, and the second the whole barrier.
+SGL_DEVICE void cluster_start() {}
+SGL_DEVICE void cluster_started(emu::Place place = emu::here()) { emu::cluster_barrier(place); }
 template <class T>
 SGL_DEVICE T read_cluster(const T* p, int rank) {
   T value;
@@ -246,6 +252,8 @@ SGL_DEVICE T read_cluster(const T* p, int rank) {
 SGL_DEVICE Float4 cluster_load(const Float4* p, int rank) { return read_cluster(p, rank); }
 SGL_DEVICE Float2 cluster_load(const Float2* p, int rank) { return read_cluster(p, rank); }
 SGL_DEVICE float cluster_load(const float* p, int rank) { return read_cluster(p, rank); }
+
+SGL_DEVICE void cluster_store(float* p, int rank, float value) { emu::write_cluster(p, rank, &value, sizeof value); }
 
 // ---- the kernels before and after in the stream --------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ void warp_barrier(Place place);  // orders accesses to shared memory of the lane
 void cluster_barrier(Place place);
 // What another block of the cluster has at the same place.
 void read_cluster(void* value, const void* shared, int rank, int bytes);
+void write_cluster(void* shared, int rank, const void* value, int bytes);
 
 void check_vector(const void* p);  // that it is a multiple of 16
 void check_copy(const void* shared, const void* global, int bytes);  // what async_copy16 asks of its arguments

@@ -118,12 +118,15 @@ void note_read(const Thread& thread, SharedCell& cell) {
     cell.reader = static_cast<uint16_t>(lanes ? kLanes + warp : kSeveral);
   cell.read_barrier = static_cast<uint16_t>(thread.block->barriers);
   cell.read_warp_barrier = warp_barriers(thread);
+  cell.read_cluster_barrier = static_cast<uint16_t>(machine.cluster_barriers);
 }
 
 void check_cell(Thread& thread, SharedCell& cell, const uint8_t* p, Access access) {
   if (cell.in_flight)
     fail("%s %s while a copy that thread %d started is on its way", verb(access), describe(p), cell.in_flight - 1);
   if (access == kRead && !cell.write_barrier) fail("reads %s, which nobody has written", describe(p));
+  if (cell.remote_write == machine.cluster_barriers)
+    fail("race: %s %s, which another block writes with no cluster barrier between", verb(access), describe(p));
   if (!is_behind(thread, cell.writer, cell.write_barrier, cell.write_warp_barrier))
     fail("race: %s %s, which thread %d writes with no barrier between", verb(access), describe(p), cell.writer - 1);
   if (access == kRead) return note_read(thread, cell);
@@ -279,10 +282,42 @@ void read_cluster(void* value, const void* shared, int rank, int bytes) {
   std::memcpy(value, place, bytes);
 }
 
+void write_cluster(void* shared, int rank, const void* value, int bytes) {
+  Thread& thread = *machine.current;
+  if (rank < 0 || rank >= machine.launch->cluster)
+    fail("writes block %d of a cluster of %d", rank, machine.launch->cluster);
+  if (rank == thread.block->rank) {
+    check_shared(thread, shared, bytes, bytes, kWrite);
+    std::memcpy(shared, value, bytes);
+    return;
+  }
+  Block& block = machine.blocks[rank];
+  const ptrdiff_t offset = static_cast<uint8_t*>(shared) - thread.block->shared;
+  uint8_t* const place = block.shared + offset;
+  if (offset < 0 || offset + bytes > machine.launch->shared_bytes) fail("writes %d bytes at %s", bytes, describe(place));
+  check_alignment(place, bytes, kWrite);
+  if (machine.cluster_barriers == 1)
+    fail("writes shared memory of block %d of its cluster, which may not have started", rank);
+  if (block.left) fail("writes shared memory of block %d of its cluster, which has left", rank);
+  block.remote_reads_at = machine.cluster_barriers;
+  const uint16_t now = static_cast<uint16_t>(machine.cluster_barriers);
+  for (int i = 0; i < bytes / 2; ++i) {
+    SharedCell& cell = cells_of(block, place)[i];
+    if (cell.in_flight || cell.remote_write == now || cell.remote_read == now ||
+        (cell.write_barrier && cell.write_cluster_barrier == now) || cell.read_cluster_barrier == now)
+      fail("race: writes %s, which somebody else uses with no cluster barrier between", describe(place));
+    cell.remote_write = now;
+    cell.writer = 0;
+    cell.write_barrier = static_cast<uint16_t>(block.barriers);
+    cell.write_cluster_barrier = now;
+  }
+  std::memcpy(place, value, bytes);
+}
+
 void check_leaving(const Block& block) {
   if (!block.waited) fail("leaves without wait_for_previous_kernel: the kernel after this one would not wait either");
   if (block.remote_reads_at == machine.cluster_barriers)
-    fail("leaves while another block may still read its shared memory");
+    fail("leaves while another block may still use its shared memory");
 }
 
 }  // namespace emu

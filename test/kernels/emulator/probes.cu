@@ -245,6 +245,25 @@ SGL_DEVICE void read_neighbour(const ExpandArgs& args) {
   if (thread_id() < 16) out_of(args)[block_x() * 16 + thread_id()] = static_cast<uint32_t>(other);
   if (kStays) cluster_barrier();
 }
+
+template <bool kStarted, bool kBarrier, bool kOwn>
+SGL_DEVICE void write_neighbour(const ExpandArgs& args) {
+  wait_for_previous_kernel();
+  float* const mine = reinterpret_cast<float*>(shared_memory());
+  cluster_start();
+  if (kStarted) cluster_started();
+  if (kOwn) mine[thread_id()] = 1.f;
+  cluster_store(mine + thread_id(), (cluster_rank() + 1) % cluster_size(),
+                static_cast<float>(cluster_rank() * 1000 + thread_id()));
+  if (kBarrier) cluster_barrier();
+  else barrier();
+  if (thread_id() < 16) out_of(args)[block_x() * 16 + thread_id()] = static_cast<uint32_t>(mine[thread_id()]);
+}
+PROBE(writes_its_neighbour) { write_neighbour<true, true, false>(args); }
+PROBE(writes_before_its_neighbour_starts) { write_neighbour<false, true, false>(args); }
+PROBE(writes_its_neighbour_with_a_block_barrier) { write_neighbour<true, false, false>(args); }
+PROBE(writes_what_its_neighbour_writes) { write_neighbour<true, true, true>(args); }
+
 PROBE(reads_its_neighbour) { read_neighbour<true, true>(args); }
 PROBE(reads_its_neighbour_too_early) { read_neighbour<false, true>(args); }
 PROBE(leaves_too_early) { read_neighbour<true, false>(args); }

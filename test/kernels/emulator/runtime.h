@@ -68,7 +68,8 @@ struct SharedCell {
   uint16_t writer, write_barrier, write_cluster_barrier;
   uint16_t reader;  // since the last barrier: a thread, or kLanes + warp for some of its lanes, or kSeveral
   uint16_t read_barrier;
-  uint16_t remote_read;  // cluster barrier of the last read from another block
+  uint16_t remote_read, remote_write;  // cluster barrier of the last access from another block
+  uint16_t read_cluster_barrier;       // and from the block itself
   uint16_t in_flight;    // a copy is on its way, and this thread started it
   uint16_t write_warp_barrier, read_warp_barrier;  // of the writer's and the reader's warp
 };
@@ -78,7 +79,7 @@ struct Block {
   int x, y, rank, index;
   int arrived, left, barriers;
   bool waited;  // some thread of it, for the kernel before
-  int remote_reads_at;  // cluster barrier of the last read from another block, 0 for never
+  int remote_reads_at;  // cluster barrier of the last access from another block, 0 for never
   uint8_t* shared;
   Thread* threads;
   Warp* warps;
