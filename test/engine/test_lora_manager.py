@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 from engine.parity_bench import VOCAB, make_checkpoint
-from engine.tiny_lora import CPU, HIDDEN, MODULE, tiny_adapter, tiny_manager, write_adapter
+from engine.tiny_lora import CPU, HIDDEN, MODULE, manager_of, tiny_adapter, tiny_manager, write_adapter
 from torch import Tensor
 
 from sglang.srt.config.model_config import load_model_config
@@ -72,12 +72,10 @@ def test_embedding_add_is_lora_add_of_one_hot_rows() -> None:
 # ---- copying -------------------------------------------------------------------------------------------------------
 
 
-def real_manager(
-    path: Path, family: str = "qwen3", device: torch.device = CPU
-) -> tuple[LoRAManager, DecoderForCausalLM]:
+def real_manager(path: Path, family: str = "qwen3") -> tuple[LoRAManager, DecoderForCausalLM]:
     make_checkpoint(family, path)
     model = load_model(load_model_config(str(path)), LoadSection(path=str(path), dtype="float32"), CPU)
-    return LoRAManager(lora_tensors(model), model.parameters, torch.float32, CPU), model
+    return manager_of(lora_tensors(model), model.parameters), model
 
 
 def test_modules_land_at_their_rows_of_the_fused_parameters(tmp_path: Path) -> None:
@@ -111,20 +109,50 @@ def test_with_tied_weights_embedding_and_head_stay_apart(tmp_path: Path) -> None
     assert set(manager.stage(write_adapter(tmp_path / "b", embedding)).factors) == {"embed_tokens"}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_factors_are_cast_to_the_models_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
-    a, b = (f.to(dtype) for f in factors(HIDDEN, HIDDEN))
-    (copy,) = tiny_manager().stage(write_adapter(tmp_path / "a", {MODULE: (a, b, 1.0)})).factors["layers.0.qkv"]
-    assert copy.a.dtype == torch.float32 and torch.equal(copy.a, a.float()) and torch.equal(copy.b, b.float())
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def base(outputs: int = HIDDEN) -> dict[str, BaseTensor]:
+    """A module in a layer, whose factors go into a slab, and two outside."""
+    return {
+        f"{MODULE}.weight": BaseTensor("layers.0.out", 0, (outputs, HIDDEN)),
+        "model.embed_tokens.weight": BaseTensor("embed_tokens", 0, (16, HIDDEN)),
+    }
+
+
+@pytest.mark.parametrize("module", [MODULE, "lm_head"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("own", DTYPES)
+def test_factors_are_cast_to_the_models_dtype(
+    own: torch.dtype, dtype: torch.dtype, module: str, tmp_path: Path
+) -> None:
+    """As torch casts, bit for bit, in the slab as outside."""
+    manager = manager_of(base(16), {}, dtype=str(own).removeprefix("torch."))
+    spread = 10.0 ** torch.arange(-9, 4)
+    a, b = (torch.cat([f * s for s in spread], dim) for f, dim in zip(factors(16, HIDDEN, 2), (0, 1), strict=True))
+    a, b = a.to(dtype), b.to(dtype)
+    ((copy,),) = manager.stage(write_adapter(tmp_path / "a", {module: (a, b, 1.0)})).factors.values()
+    for got, given in ((copy.a, a), (copy.b, b)):
+        assert got.dtype == own and torch.equal(got, given.to(own))
+        assert torch.equal(got.signbit(), given.signbit())
+
+
+def test_numbers_beyond_the_models_dtype_are_refused(tmp_path: Path) -> None:
+    a, b = factors(HIDDEN, HIDDEN)
+    a[1, 3] = 1e5
+    adapter = write_adapter(tmp_path / "a", {MODULE: (a, b, 1.0)})
+    with pytest.raises(ValueError, match=r"layer 0, o\[0\]: .* too large for float16"):
+        manager_of(base(), {}, dtype="float16").stage(adapter)
+    manager_of(base(), {}, dtype="bfloat16").stage(adapter)
 
 
 def test_b14_the_file_is_not_read_again(tmp_path: Path) -> None:
     manager = tiny_manager()
     adapter = tiny_adapter(tmp_path / "a")
     weights = manager.stage(adapter)
-    before = weights.data.clone()
+    before = weights.slab.data.clone()
     (tmp_path / "a").write_bytes(b"\xff" * adapter.nbytes)
-    assert torch.equal(weights.data, before)
+    assert torch.equal(weights.slab.data, before)
 
 
 def test_c25_what_cannot_be_staged_leaves_nothing(tmp_path: Path) -> None:
@@ -153,7 +181,7 @@ def test_base_weights_that_an_adapter_repeats_must_be_the_models(name: str, tmp_
         "model.embed_tokens.weight": BaseTensor("embed", 0, (16, HIDDEN)),
     }
     qkv = torch.cat([torch.zeros(2, HIDDEN), base[MODULE], torch.zeros(3, HIDDEN)])
-    manager = LoRAManager(tensors, {"qkv": qkv, "embed": base["embed"]}, torch.float32, CPU)
+    manager = manager_of(tensors, {"qkv": qkv, "embed": base["embed"]})
     right = base[MODULE] if name.startswith(MODULE) else base["embed"]
     stage_with_copy(manager, tmp_path, name, right)
     stage_with_copy(manager, tmp_path, name, right.bfloat16())
@@ -176,7 +204,7 @@ def test_a_packed_base_is_compared_with_tolerance(tmp_path: Path) -> None:
         f"{MODULE}.weight": BaseTensor("q", 0, (8, 8)),
     }
     packed = PackedWeight("q8_0", blocks.contiguous())
-    manager = LoRAManager(tensors, {"embed": packed, "q": torch.zeros(8, 8)}, torch.float32, CPU)
+    manager = manager_of(tensors, {"embed": packed, "q": torch.zeros(8, 8)})
     stage_with_copy(manager, tmp_path, "model.embed_tokens.weight", weight.bfloat16())
     with pytest.raises(WeightError, match="embed_tokens"):
         stage_with_copy(manager, tmp_path, "model.embed_tokens.weight", weight + 0.2 * torch.randn(64, 32))
@@ -195,9 +223,13 @@ def test_d9_free_returns_the_bytes(tmp_path: Path) -> None:
 
 
 def test_d8_a_thousand_versions_leave_no_memory_behind(tmp_path: Path) -> None:
-    tensors = {"model.embed_tokens.weight": BaseTensor("embed", 0, (1024, 1024))}
-    manager = LoRAManager(tensors, {"embed": torch.empty(1)}, torch.float32, CPU)
-    adapter = write_adapter(tmp_path / "a", {"model.embed_tokens": (*factors(1024, 1024, rank=32), 1.0)})
+    tensors = {
+        "model.embed_tokens.weight": BaseTensor("embed", 0, (1024, 1024)),
+        f"{MODULE}.weight": BaseTensor("q", 0, (1024, 1024)),
+    }
+    manager = manager_of(tensors, {"embed": torch.empty(1)})
+    modules = {name: (*factors(1024, 1024, rank=16), 1.0) for name in ("model.embed_tokens", MODULE)}
+    adapter = write_adapter(tmp_path / "a", modules)
     process, sizes = psutil.Process(), []
     for version in range(1, 1001):
         manager.commit(version, manager.stage(adapter))
@@ -222,7 +254,7 @@ def test_staging_works_in_a_thread_beside_inference(tmp_path: Path) -> None:
         y = torch.zeros(3, HIDDEN)
         batch = manager.batch(np.array([1, 0, 1]))
         assert batch is not None
-        batch.add_(y, torch.ones(3, HIDDEN), "layers.0.qkv")
+        batch.add_(y, torch.ones(3, HIDDEN), "layers.0.out")
     assert y[0].any() and not y[1].any() and torch.equal(y[0], y[2])
 
 
@@ -243,19 +275,34 @@ def test_d1_parameters_that_an_adapter_lacks_get_nothing() -> None:
     assert torch.equal(y, before)
 
 
-def test_d5_versions_are_on_the_device_while_they_have_a_slot() -> None:
+def test_d5_versions_are_on_the_device_while_they_have_a_slot(tmp_path: Path) -> None:
     """On a device that is not the host; its copies come and go, the host's stay."""
-    source = tiny_manager(3)
-    manager = LoRAManager(source._tensors, source._parameters, torch.float32, torch.device("meta"))
+    manager = manager_of(base(), {}, torch.device("meta"))
+    assert manager._slots is not None
     for version in (1, 2, 3):
-        manager.commit(version, source._host[version])
-    assert manager._device == {}
+        manager.commit(version, manager.stage(tiny_adapter(tmp_path / "a", version)))
+    assert manager.versions == {1, 2, 3} and manager._slots.versions == (0, 0)
     manager.load((1, 0))
-    assert set(manager._device) == {1}
-    first = manager._device[1]
-    manager.load((1, 3))
-    assert set(manager._device) == {1, 3} and manager._device[1] is first
+    assert manager._slots.versions == (1, 0) and set(manager._slots.weights) == {1}
     manager.load((2, 3))
-    assert set(manager._device) == {2, 3} and manager.versions == {1, 2, 3}
-    manager.free(3)
-    assert set(manager._device) == {2}
+    assert manager._slots.versions == (2, 3) and manager.versions == {1, 2, 3}
+    before = manager.nbytes
+    assert manager.free(3) * 3 == before and manager.nbytes == before - before // 3
+    assert manager._slots.versions == (2, 0) and set(manager._slots.weights) == {2}
+
+
+def test_a_host_that_is_the_device_has_no_rows_and_slabs_of_the_adapters_rank(tmp_path: Path) -> None:
+    host, device = (manager_of(base(), {}, torch.device(name), max_rank=256) for name in ("cpu", "meta"))
+    adapter = tiny_adapter(tmp_path / "a", rank=3)
+    small, large = host.stage(adapter).slab, device.stage(adapter).slab
+    assert (small.layout.max_rank, large.layout.max_rank, small.rank, large.rank) == (3, 256, 3, 3)
+    assert small.data.nbytes < large.data.nbytes == large.layout.slab_bytes
+    assert host._slots is None
+
+
+def test_ranks_beyond_the_slots_are_refused(tmp_path: Path) -> None:
+    """The front has refused them before."""
+    manager = manager_of(base(), {}, torch.device("meta"), max_rank=4)
+    manager.stage(tiny_adapter(tmp_path / "a", rank=4))
+    with pytest.raises(ValueError, match="rank is 5; this layout takes 1 to 4"):
+        manager.stage(tiny_adapter(tmp_path / "b", rank=5))

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from sglang.srt.lora.adapter import Adapter, AdapterModule, Span
-from sglang.srt.lora.lora_manager import BaseTensor, LoRAManager
+from sglang.srt.lora.lora_manager import BaseTensor, LoRAManager, matrices
 from sglang.srt.lora.slots import SlotPool
 from sglang.srt.lora.weights import AdapterWeights
+from sglang.srt.ops.slabs import ModelSlabs
 
 HIDDEN, VOCAB = 8, 16
 CPU = torch.device("cpu")
-MODULE = "model.layers.0.self_attn.q_proj"
+MODULE = "model.layers.0.self_attn.o_proj"
 
 
 def write_adapter(
@@ -48,6 +49,24 @@ def tiny_adapter(path: Path, seed: int = 0, rank: int = 2) -> Adapter:
     return write_adapter(path, {MODULE: (a, b, 2.0)})
 
 
+def slabs_of(tensors: Mapping[str, BaseTensor], max_rank: int = 32, dtype: str = "float32") -> ModelSlabs:
+    """The slabs of a base with these tensors, one of which lies in a layer."""
+    return ModelSlabs({name: tensor.shape for name, tensor in matrices(tensors).items()}, max_rank, dtype)
+
+
+def manager_of(
+    tensors: Mapping[str, BaseTensor],
+    parameters: Mapping[str, Any],
+    device: torch.device = CPU,
+    *,
+    max_rank: int = 32,
+    num_slots: int = 2,
+    dtype: str = "float32",
+) -> LoRAManager:
+    """A manager of a base with these tensors; a device other than the CPU gets rows."""
+    return LoRAManager(tensors, parameters, slabs_of(tensors, max_rank, dtype), num_slots, device)
+
+
 class GatedManager(LoRAManager):
     """A manager whose `stage` can be held up, and told to fail."""
 
@@ -68,11 +87,11 @@ class GatedManager(LoRAManager):
 def tiny_manager(versions: int = 0, path: Path | None = None) -> GatedManager:
     """A manager of a base with two tensors; versions 1.. are staged."""
     tensors = {
-        f"{MODULE}.weight": BaseTensor("layers.0.qkv", 0, (HIDDEN, HIDDEN)),
+        f"{MODULE}.weight": BaseTensor("layers.0.out", 0, (HIDDEN, HIDDEN)),
         "model.embed_tokens.weight": BaseTensor("embed_tokens", 0, (VOCAB, HIDDEN)),
     }
-    parameters = {"layers.0.qkv": torch.ones(HIDDEN, HIDDEN), "embed_tokens": torch.ones(VOCAB, HIDDEN)}
-    manager = GatedManager(tensors, parameters, torch.float32, CPU)
+    parameters = {"layers.0.out": torch.ones(HIDDEN, HIDDEN), "embed_tokens": torch.ones(VOCAB, HIDDEN)}
+    manager = GatedManager(tensors, parameters, slabs_of(tensors), 2, CPU)
     with tempfile.TemporaryDirectory() as directory:
         for version in range(1, versions + 1):
             manager.commit(version, manager.stage(tiny_adapter(Path(directory) / str(version), version)))

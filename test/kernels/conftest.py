@@ -16,7 +16,7 @@ from sgl_kernel.lora.layout import LoraGroup, LoraLayout, LoraSite
 from sgl_kernel.lora.slab import LoraModule, pack_slab
 from sgl_kernel.types import LoraBatch, LoraDelta, LoraSlabs
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 Factors = tuple[float, NDArray[np.float64], NDArray[np.float64]]
 
 

@@ -181,11 +181,12 @@ def test_slabs_know_their_ranks(make_case):
             LoraSlabs(data, layout, bad)
 
 
-def test_a_gpu_takes_bfloat16_slabs_alone(make_case):
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_gpu_takes_bfloat16_slabs_alone(make_case, dtype):
     """A GPU's tensor, for as long as nothing but its device is asked for."""
-    case = make_case([0], [(3,)], outputs=(8,), dtype="float32")
+    case = make_case([0], [(3,)], outputs=(8,), dtype=dtype)
     x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
-    text = "the site's numbers have 4 bytes, .* make the layout with dtype='bfloat16'"
+    text = f"the site's numbers are {dtype}, .* make the layout with dtype='bfloat16'"
     with pytest.raises(ValueError, match=text):
         _checks.check_lora(x, case.slabs, case.site, case.batch, 1)
     with pytest.raises(ValueError, match=text):

@@ -121,7 +121,8 @@ def run_norm(
     delta, max_tiles = rows.delta()
     lora = rows.slots is not None
     block = gpu.geometry("strip_tokens", gpu.warp, rows.tile) if lora else block
-    sizes = (gpu.warp, hidden, cluster, block, lora)
+    strip = block if lora else 0
+    sizes = (gpu.warp, hidden, cluster, block, strip)
     out = rows.place("x", x, "output")
     stream = None if residual is None else rows.place("residual", residual, "output")
     stride = hidden + 8
@@ -150,7 +151,7 @@ def run_norm(
         f"fused_add_rmsnorm_{rows.tile}x{rows.held}" if lora else "fused_add_rmsnorm",
         args,
         (cluster * pieces, rows.grid_y(max_tiles, pieces * block)),
-        gpu.geometry("norm_threads", gpu.warp, lora),
+        gpu.geometry("norm_threads", gpu.warp, strip),
         gpu.geometry("norm_shared_bytes", *sizes),
         cluster,
         rows.seed,
@@ -218,7 +219,7 @@ def test_rows_that_do_not_fit_into_shared_memory_are_read_again(vendor: str) -> 
     hidden = 16384
     x, residual, weight = norm_data(3, hidden)
     rows = Rows(Gpu(vendor), [hidden], 3, [0, -1, 0], same_rank(2, 1), 64)
-    sizes = (rows.gpu.warp, hidden, 1, 16, True)
+    sizes = (rows.gpu.warp, hidden, 1, 16, 16)
     assert rows.gpu.geometry("norm_held", *sizes) < rows.gpu.geometry("norm_turns", *sizes)
     stream, out = run_norm(rows, x, residual, weight)
     assert_normalised(out, stream, weight)

@@ -20,7 +20,7 @@ def test_decoder_groups():
     ]
 
 
-@pytest.mark.parametrize(("dtype", "item"), [("bfloat16", 2), ("float32", 4)])
+@pytest.mark.parametrize(("dtype", "item"), [("bfloat16", 2), ("float16", 2), ("float32", 4)])
 @pytest.mark.parametrize("max_rank", [1, 5, 8, 17, 64, 256])
 def test_parts_are_aligned_and_lie_one_behind_the_other(max_rank, dtype, item):
     layout = LoraLayout(GROUPS, 3, max_rank, dtype)
@@ -45,16 +45,17 @@ def test_parts_are_aligned_and_lie_one_behind_the_other(max_rank, dtype, item):
     assert end <= layout.slab_bytes and layout.slab_bytes % 256 == 0
 
 
-@pytest.mark.parametrize(("dtype", "item"), [("bfloat16", 2), ("float32", 4)])
-def test_words(dtype, item):
+@pytest.mark.parametrize(("dtype", "item", "word"), [("bfloat16", 2, 2), ("float16", 2, 18), ("float32", 4, 4)])
+def test_words(dtype, item, word):
     layout = LoraLayout(GROUPS, 2, 5, dtype)
     site = layout.site(1, "gate_up")
-    assert site.words == (64, 8, 2, 96, 96, 0, site.table_offset, site.a_offset, *site.b_offsets, 0, item)
+    assert site.words == (64, 8, 2, 96, 96, 0, site.table_offset, site.a_offset, *site.b_offsets, 0, word)
     assert (site.num_slices, site.u_width, site.total_out) == (2, 16, 192)
     for name in ("qkv", "o", "gate_up", "down"):
         site = layout.site(1, name)
         again = LoraSite.from_words(site.words)
-        assert again.words == site.words and again.end == site.end and again.item_bytes == item
+        assert again.words == site.words and again.end == site.end
+        assert (again.dtype, again.item_bytes) == (dtype, item)
 
 
 def test_sites_are_hashed_by_identity():
@@ -64,7 +65,7 @@ def test_sites_are_hashed_by_identity():
     assert layout == twin and hash(layout) == hash(twin)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_a_description_travels_as_json(dtype):
     layout = LoraLayout(GROUPS, 2, 5, dtype)
     again = LoraLayout.from_description(json.loads(json.dumps(layout.describe())))
@@ -78,9 +79,10 @@ def test_another_layout_has_another_digest():
         LoraLayout(GROUPS, 3, 5),
         LoraLayout(GROUPS, 2, 6),
         LoraLayout(GROUPS[::-1], 2, 5),
+        LoraLayout(GROUPS, 2, 5, "float16"),
         LoraLayout(GROUPS, 2, 5, "float32"),
     ]
-    assert len({layout.digest for layout in layouts}) == len(set(layouts)) == 5
+    assert len({layout.digest for layout in layouts}) == len(set(layouts)) == 6
 
 
 def _without_dtype():
@@ -101,7 +103,7 @@ def _without_dtype():
         (lambda: LoraLayout(GROUPS, 2, 257), "max_rank is 257"),
         (lambda: LoraLayout(GROUPS, 0, 8), "num_layers is 0"),
         (lambda: LoraLayout([], 2, 8), "at least one"),
-        (lambda: LoraLayout(GROUPS, 2, 8, "float16"), "dtype is 'float16'; it must be one of bfloat16, float32"),
+        (lambda: LoraLayout(GROUPS, 2, 8, "int8"), "dtype is 'int8'; it must be one of bfloat16, float16, float32"),
         (lambda: LoraLayout([GROUPS[0], GROUPS[0]], 2, 8), "every name once"),
         (lambda: LoraLayout(GROUPS, 2, 8).site(2, "qkv"), "layers are 0 to 1, groups are qkv, o, gate_up, down"),
         (lambda: LoraLayout(GROUPS, 2, 8).site(0, "lm_head"), "no site 'lm_head'"),
@@ -111,7 +113,7 @@ def _without_dtype():
         (lambda: LoraLayout.from_description(_without_dtype()), "not a description"),
         (lambda: LoraSite.from_words((1, 2, 3)), "12 ints"),
         (lambda: LoraSite.from_words((8, 8, 4) + (0,) * 8 + (2,)), "1 to 3 slices"),
-        (lambda: LoraSite.from_words((8, 8, 1) + (0,) * 9), "2 or 4 bytes a number"),
+        (lambda: LoraSite.from_words((8, 8, 1) + (0,) * 9), "a dtype of 2, 4 or 18"),
     ],
 )
 def test_errors_say_the_value(make, text):

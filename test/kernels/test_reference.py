@@ -49,7 +49,7 @@ def _minus_zeros(y, token_slots):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("slab_dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("slab_dtype", ["bfloat16", "float16", "float32"])
 def test_shrink_of_mixed_ranks(make_case, dtype, slab_dtype):
     case = make_case(MIXED, MIXED_RANKS, max_tokens=12, dtype=slab_dtype)
     x = _strided(len(MIXED) + 2, 24, dtype)
@@ -87,7 +87,7 @@ def test_every_rank(make_case, rank):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("slab_dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("slab_dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("side_by_side", [False, True])
 def test_expand_of_mixed_ranks(make_case, dtype, slab_dtype, side_by_side):
     case = make_case(MIXED, MIXED_RANKS, max_tokens=12, dtype=slab_dtype)

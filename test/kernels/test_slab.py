@@ -10,14 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sgl_kernel.lora.bf16 import from_bf16_bits, to_bf16_bits, to_float32
+from sgl_kernel.lora.bf16 import all_finite, from_bf16_bits, to_bf16_bits, to_float16, to_float32
 from sgl_kernel.lora.layout import LoraGroup, LoraLayout, decoder_groups
 from sgl_kernel.lora.peft import peft_modules
 from sgl_kernel.lora.slab import LoraModule, pack_slab, slab_digest, slab_rank, unpack_slab
 
 LAYOUT = LoraLayout([LoraGroup("qkv", 16, (10, 6, 6)), LoraGroup("o", 8, (16,))], 2, 17)
+FLOAT16 = LoraLayout(LAYOUT.groups, 2, 17, "float16")
 FLOAT32 = LoraLayout(LAYOUT.groups, 2, 17, "float32")
-TORCH = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def _pack(layout, modules, fill=0):
@@ -74,6 +75,23 @@ def test_float32_is_rounded_from_float64_alone():
     np.testing.assert_array_equal(to_float32(bits), from_bf16_bits(bits))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_float16_is_rounded_as_torch_rounds(dtype):
+    torch.manual_seed(0)
+    values = (torch.randn(2000) * 10.0 ** torch.randint(-9, 6, (2000,))).to(dtype)
+    values = torch.cat([values, torch.tensor([0.0, -0.0, 1 + 2**-11, 1 + 3 * 2**-11, 65519.0, 65520.0], dtype=dtype)])
+    expected = values.half().view(torch.int16).numpy()
+    np.testing.assert_array_equal(to_float16(values).view(np.int16), expected)
+    assert not all_finite(to_float16(values)) and all_finite(to_float16(values.clamp(-9, 9)))
+
+
+def test_float16_is_rounded_from_float64_once():
+    tie = 1 + 2.0**-11
+    assert to_float16(np.array([tie, tie + 2**-40, -tie - 2**-40])).tolist() == [1, 1 + 2**-10, -1 - 2**-10]
+    exact = np.ones(3, np.float16)
+    assert to_float16(exact) is exact
+
+
 # ---- packing ---------------------------------------------------------------------------------------------------------
 
 _SLICES = [(layer, group, index) for layer in (0, 1) for group, index in (("qkv", 0), ("qkv", 1), ("qkv", 2), ("o", 0))]
@@ -86,7 +104,7 @@ _SLICES = [(layer, group, index) for layer in (0, 1) for group, index in (("qkv"
         st.tuples(st.integers(1, 17), st.floats(-(2.0**99), 2.0**99, width=32), st.integers(0, 99)),
     ),
     st.randoms(use_true_random=False),
-    st.sampled_from([LAYOUT, FLOAT32]),
+    st.sampled_from([LAYOUT, FLOAT16, FLOAT32]),
 )
 def test_what_is_packed_comes_out(adapter, random, layout):
     modules = [_module(*key, rank, scale, seed) for key, (rank, scale, seed) in sorted(adapter.items())]
@@ -132,10 +150,10 @@ def test_bytes_are_where_the_readme_says(rank, other, dtype):
 
 
 @pytest.mark.parametrize("convert", [torch.tensor, lambda v: torch.tensor(v).bfloat16(), to_bf16_bits, np.float64])
-@pytest.mark.parametrize("layout", [LAYOUT, FLOAT32])
+@pytest.mark.parametrize("layout", [LAYOUT, FLOAT16, FLOAT32])
 def test_any_dtype_gives_the_same_bytes(convert, layout):
     module = _module()
-    if layout is FLOAT32:  # which keeps what bf16 loses
+    if layout is not LAYOUT:  # they keep what bf16 loses
         module = _with(a=from_bf16_bits(to_bf16_bits(module.a)), b=from_bf16_bits(to_bf16_bits(module.b)))
     other = LoraModule(1, "qkv", 0, 0.5, convert(module.a), convert(module.b))
     np.testing.assert_array_equal(_pack(layout, [other]), _pack(layout, [module]))
@@ -191,13 +209,33 @@ def test_errors_name_the_module_and_leave_nothing(modules, text):
     assert not out.any()
 
 
-@pytest.mark.parametrize("layout", [LAYOUT, FLOAT32])
+@pytest.mark.parametrize("layout", [LAYOUT, FLOAT16, FLOAT32])
 def test_unpacked_factors_outlive_the_slab(layout):
     slab = _pack(layout, [_module()])
     (module,) = unpack_slab(layout, slab)
     a, b = module.a.copy(), module.b.copy()
     slab.fill(0xFF)
     assert (module.a == a).all() and (module.b == b).all()
+
+
+def test_float16_has_smaller_numbers():
+    slab = _pack(FLOAT16, [_with(a=np.full((3, 16), 65504.0))])
+    assert (unpack_slab(FLOAT16, slab)[0].a == 65504).all()
+    with pytest.raises(ValueError, match="infinite or NaN, or too large for float16"):
+        _pack(FLOAT16, [_with(a=np.full((3, 16), 65520, np.float32))])
+
+
+def test_what_is_wrong_with_the_last_module_empties_the_slab():
+    """Values are read while the slab is filled."""
+    slab = np.full(LAYOUT.slab_bytes, 1, np.uint8)
+    with pytest.raises(ValueError, match=r"layer 1, qkv\[2\]: a factor"):
+        pack_slab(LAYOUT, (m for m in [_module(), _module(index=1), _nan_module()]), slab)
+    assert not slab.any()
+
+
+def _nan_module():
+    module = _module(index=2)
+    return LoraModule(1, "qkv", 2, 0.5, module.a, np.full_like(module.b, np.nan))
 
 
 def test_float32_has_larger_numbers():

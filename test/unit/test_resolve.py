@@ -13,7 +13,7 @@ import pytest
 
 from sglang.srt.config import resolve as module
 from sglang.srt.config.resolve import resolve
-from sglang.srt.config.sections import Config
+from sglang.srt.config.sections import MAX_LORA_RANK, Config
 from sglang.srt.errors import ConfigError
 from sglang.srt.server_args import ServerArgs
 
@@ -74,6 +74,11 @@ def test_cpu_defaults(args: ServerArgs, model: str):
     assert config.tokenizer.path == model
     assert config.model.context_length == 2048
     assert config.lora.enabled is False
+
+
+def test_slots_of_adapters_have_room_for_every_rank_unless_told(args: ServerArgs):
+    assert resolve(changed(args, enable_lora=True)).lora.max_lora_rank == MAX_LORA_RANK == 256
+    assert resolve(changed(args, enable_lora=True, max_lora_rank=64)).lora.max_lora_rank == 64
 
 
 def test_cuda_defaults(args: ServerArgs):
@@ -214,6 +219,8 @@ def test_half_width_on_a_cpu_warns(args: ServerArgs, caplog: pytest.LogCaptureFi
         ({"chunked_prefill_size": -2}, "--chunked-prefill-size -2 must be at least 1"),
         ({"max_queued_requests": -1}, "--max-queued-requests -1 must be at least 1"),
         ({"stream_interval": 0}, "--stream-interval 0 must be at least 1"),
+        ({"enable_lora": True, "max_lora_rank": 0}, "--max-lora-rank 0 must be at least 1"),
+        ({"enable_lora": True, "max_lora_rank": 257}, "--max-lora-rank 257 must be at most 256"),
         ({"mem_fraction_static": 1.0}, "--mem-fraction-static 1.0 must be between 0 and 1"),
         ({"schedule_conservativeness": 0.0}, "--schedule-conservativeness 0.0 must be above 0"),
         ({"max_total_tokens": "many"}, "wrong type.*memory.max_total_tokens"),

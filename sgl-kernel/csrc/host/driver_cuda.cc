@@ -201,7 +201,7 @@ void preload(int device_id) { device(device_id); }
 void launch(const char* name, int device_id, void* stream, const Grid& grid, const void* args, size_t) {
   const CUkernel function = kernel(name, device_id, grid.shared_bytes);
   const UseDevice use(device_id);
-  CUlaunchAttribute attributes[2];
+  CUlaunchAttribute attributes[3];
   CUlaunchConfig config{};
   config.gridDimX = grid.x;
   config.gridDimY = grid.y;
@@ -219,6 +219,10 @@ void launch(const char* name, int device_id, void* stream, const Grid& grid, con
     CUlaunchAttribute& overlap = attributes[config.numAttrs++];
     overlap.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
     overlap.value.programmaticStreamSerializationAllowed = 1;
+    // Kernels that overlap share multiprocessors, which they can only where all want the same part of them as shared memory.
+    CUlaunchAttribute& carveout = attributes[config.numAttrs++];
+    carveout.id = CU_LAUNCH_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+    carveout.value.sharedMemCarveout = 100;
   }
   void* parameters[] = {const_cast<void*>(args)};
   check(api().LaunchKernelEx(&config, reinterpret_cast<CUfunction>(function), parameters, nullptr), "launch", name);

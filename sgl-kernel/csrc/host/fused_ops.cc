@@ -45,10 +45,10 @@ int tile_of(const Term& term, int tokens) { return term.present ? term.tile : to
 
 void launch_norm(NormArgs& args, const Term& term, const Place& place, bool overlap) {
   const int tile = tile_of(term, args.tokens), warp = driver::kWarp;
-  int cluster = 1, pieces = 1, rows = 0;
+  int cluster = 1, pieces = 1, rows = 0, strip = 0;
   if (term.present) {
     cluster = smaller(norm_cluster(tile, args.hidden), driver::device(place.device_id).max_cluster);
-    args.block_tokens = strip_tokens(warp, tile);
+    args.block_tokens = strip = strip_tokens(warp, tile);
     pieces = tile / args.block_tokens;
     rows = term.tiles;
   } else {
@@ -57,11 +57,11 @@ void launch_norm(NormArgs& args, const Term& term, const Place& place, bool over
   }
   args.mean = 1.f / static_cast<float>(args.hidden);
   args.parts = norm_block_parts(args.hidden, cluster);
-  args.turns = norm_turns(warp, args.hidden, cluster, args.block_tokens, term.present);
+  args.turns = norm_turns(warp, args.hidden, cluster, args.block_tokens, strip);
   args.staged = norm_staged(args.hidden, cluster);
-  args.held = norm_held(warp, args.hidden, cluster, args.block_tokens, term.present);
-  const int shared = norm_shared_bytes(warp, args.hidden, cluster, args.block_tokens, term.present);
-  const driver::Grid grid{cluster * pieces, rows, norm_threads(warp, term.present), shared, cluster, overlap};
+  args.held = norm_held(warp, args.hidden, cluster, args.block_tokens, strip);
+  const int shared = norm_shared_bytes(warp, args.hidden, cluster, args.block_tokens, strip);
+  const driver::Grid grid{cluster * pieces, rows, norm_threads(warp, strip), shared, cluster, overlap};
   const char* name = term.choose("fused_add_rmsnorm", "fused_add_rmsnorm_16x16", "fused_add_rmsnorm_16x64",
                                  "fused_add_rmsnorm_64x16", "fused_add_rmsnorm_64x64");
   driver::launch(name, place.device_id, place.stream, grid, &args, sizeof(args));

@@ -41,7 +41,9 @@ template <class Strip, int kSteps, bool kMany>
 struct SiluAndMul {
   static constexpr int kRows = Strip::kRows;
   struct Inputs {
+    StripRows<Strip> strip;
     Vec8 gate[kRows], up[kRows];
+    UStrip<Strip, kSteps> gate_u, up_u;
   };
 
   const ActivationArgs& args;
@@ -49,39 +51,33 @@ struct SiluAndMul {
   int first;  // column of the warp
 
   __device__ __forceinline__ void run() const {
-    const Module gate_module = module_of(args.delta, rows.slot, rows.rank, 0);
-    const Module up_module = module_of(args.delta, rows.slot, rows.rank, 1);
+    const Module gate = module_of(args.delta, rows.slot, rows.rank, 0);
+    const Module up = module_of(args.delta, rows.slot, rows.rank, 1);
     BStrip<Strip, kSteps> gate_b, up_b;
     if (rows.slot >= 0) {
-      gate_b.fetch(gate_module, first, args.inner - first);
-      up_b.fetch(up_module, first, args.inner - first);
+      gate_b.fetch(gate, first, args.inner - first);
+      up_b.fetch(up, first, args.inner - first);
     }
-    StripRows<Strip> next_rows(rows, 0);
+    const StripRows<Strip> first_rows(rows, 0);
     wait_for_previous_kernel();
-    Inputs next = load(next_rows);
+    Inputs next = load(first_rows, gate, up);
     int begin = 0;
     do {
-      const StripRows<Strip> strip = next_rows;
       const Inputs in = next;
       begin += Strip::kTokens;
-      if (kMany && begin < rows.count) {
-        next_rows = StripRows<Strip>(rows, begin);
-        next = load(next_rows);
-      }
+      if (kMany && begin < rows.count) next = load(StripRows<Strip>(rows, begin), gate, up);
       Strip gate_term = {}, up_term = {};
       if (rows.slot >= 0) {
-        UStrip<Strip, kSteps> gate_u, up_u;
-        gate_u.fetch(gate_module, strip.row);
-        up_u.fetch(up_module, strip.row);
-        gate_term = multiply(gate_module, gate_b, gate_u);
-        up_term = multiply(up_module, up_b, up_u);
+        gate_term = multiply(gate, gate_b, in.gate_u);
+        up_term = multiply(up, up_b, in.up_u);
       }
       SGL_UNROLL
       for (int i = 0; i < kRows; ++i) {
         Float8 gate_sum = unpack(in.gate[i]), up_sum = unpack(in.up[i]);
-        add_term(gate_sum, gate_module, gate_term, i);
-        add_term(up_sum, up_module, up_term, i);
-        if (mine(strip.row[i])) store_vec(args.out + strip.row[i] * args.out_stride + column(), silu_times(gate_sum, up_sum));
+        add_term(gate_sum, gate, gate_term, i);
+        add_term(up_sum, up, up_term, i);
+        const int row = in.strip.row[i];
+        if (mine(row)) store_vec(args.out + row * args.out_stride + column(), silu_times(gate_sum, up_sum));
       }
     } while (kMany && begin < rows.count);
   }
@@ -89,14 +85,18 @@ struct SiluAndMul {
  private:
   __device__ __forceinline__ int column() const { return first + Strip::column(); }
   __device__ __forceinline__ bool mine(int row) const { return row >= 0 && column() < args.inner; }
-  __device__ __forceinline__ Inputs load(const StripRows<Strip>& strip) const {
-    Inputs in = {};
+  __device__ __forceinline__ Inputs load(const StripRows<Strip>& strip, const Module& gate, const Module& up) const {
+    Inputs in = {strip, {}, {}, {}, {}};
     SGL_UNROLL
     for (int i = 0; i < kRows; ++i) {
       if (!mine(strip.row[i])) continue;
       const bf16* x = args.x + strip.row[i] * args.x_stride + column();
       in.gate[i] = load_vec(x);
       in.up[i] = load_vec(x + args.inner);
+    }
+    if (rows.slot >= 0) {
+      in.gate_u.fetch(gate, strip.row);
+      in.up_u.fetch(up, strip.row);
     }
     return in;
   }

@@ -16,7 +16,7 @@ template <class Strip_>
 struct Strips {
   using Strip = Strip_;
   static constexpr int kRows = Strip::kRows;
-  static constexpr int kWarps = norm_warps(kWarp, true);
+  static constexpr int kWarps = norm_warps(kWarp, Strip::kTokens);
 
   __device__ __forceinline__ Strips(int) {}
   __device__ __forceinline__ int row(int i) const { return Strip::row(i); }
@@ -27,7 +27,7 @@ struct Strips {
 struct Lines {
   using Strip = sgl::Strip<16>;  // of no use
   static constexpr int kRows = 1;
-  static constexpr int kWarps = norm_warps(kWarp, false);
+  static constexpr int kWarps = norm_warps(kWarp, 0);
   int parts, own_row, own_part;  // parts that the threads have at once
 
   __device__ __forceinline__ Lines(int rows) : parts(kWarps * kWarp / 4 / rows) {
@@ -50,6 +50,7 @@ struct AddNorm {
   static constexpr int kThreads = Lanes::kWarps * kWarp;
   static constexpr bool kLora = kSteps > 0;
   static constexpr int kHeldSteps = kLora ? kSteps : 1;
+  static constexpr bool kAhead = kRows > 1;  // with many rows what the next turn needs is on its way
 
   struct Inputs {
     Vec8 x[kRows], residual[kRows];
@@ -59,8 +60,9 @@ struct AddNorm {
   const Rows& rows;
   const Lanes lanes;
   int first, columns;  // this block's columns of a row
-  int turns;
-  int row[kRows];  // of x and residual, negative for none
+  int row[kRows];  // this lane's, negative for none
+  // Where this block's columns of them start: of x, and of the residual or, without one, of out.
+  bf16 *x_row[kRows], *side_row[kRows];
   float *sums, *scales;
   bf16* weight;
   Vec8* held;
@@ -70,9 +72,13 @@ struct AddNorm {
     first = cluster_rank() * args.parts * kNormPart;
     const int left = args.hidden - first, most = args.parts * kNormPart;
     columns = left < 0 ? 0 : left < most ? left : most;
-    turns = args.turns;
     SGL_UNROLL
-    for (int i = 0; i < kRows; ++i) row[i] = row_of(rows, lanes.row(i));
+    for (int i = 0; i < kRows; ++i) {
+      row[i] = row_of(rows, lanes.row(i));
+      x_row[i] = args.x + row[i] * args.x_stride + first;
+      side_row[i] = args.residual != nullptr ? args.residual + row[i] * args.residual_stride + first
+                                             : args.out + row[i] * args.out_stride + first;
+    }
     sums = reinterpret_cast<float*>(shared_memory());  // [part of a row][row], every block's own copy
     scales = sums + (args.hidden + kNormPart - 1) / kNormPart * kNormRows;
     weight = reinterpret_cast<bf16*>(scales + kNormRows);
@@ -85,26 +91,32 @@ struct AddNorm {
     BStrip<Strip, kHeldSteps> b, next_b;
     if (module.b != nullptr) {
       fetch_b(b, module, 0);
-      fetch_b(next_b, module, 1);
+      if (kAhead) fetch_b(next_b, module, 1);
     }
     SGL_NO_UNROLL
     for (int i = thread_id() * 8; i < args.staged && i < columns; i += kThreads * 8)
       async_copy16(weight + i, args.weight + first + i, 16);
     async_commit();
+    if (cluster_size() > 1) cluster_started();  // so that their shared memory may be written
     wait_for_previous_kernel();
     UStrip<Strip, kHeldSteps> u;
     Inputs next = load(0);
     if (module.b != nullptr) fetch_u(u, module);
-    if (cluster_size() > 1) cluster_started();  // so that their shared memory may be written
     SGL_NO_UNROLL
-    for (int turn = 0; turn < turns; ++turn) {
+    for (int turn = 0; turn < args.turns; ++turn) {
+      if (!kAhead && turn > 0) {
+        next = load(turn);
+        if (module.b != nullptr) fetch_b(b, module, turn);
+      }
       const Inputs now = next;
-      if (turn + 1 < turns) next = load(turn + 1);
+      if (kAhead && turn + 1 < args.turns) next = load(turn + 1);
       Strip term = {};
       if (module.b != nullptr) {
         term = multiply(module, b, u);
-        b = next_b;
-        if (turn + 2 < turns) fetch_b(next_b, module, turn + 2);
+        if (kAhead) {
+          b = next_b;
+          if (turn + 2 < args.turns) fetch_b(next_b, module, turn + 2);
+        }
       }
       SGL_UNROLL
       for (int i = 0; i < kRows; ++i) {
@@ -120,7 +132,7 @@ struct AddNorm {
     compute_scales();
     barrier();
     SGL_NO_UNROLL
-    for (int turn = 0; turn < turns; ++turn)
+    for (int turn = 0; turn < args.turns; ++turn)
       SGL_UNROLL
       for (int i = 0; i < kRows; ++i) normalise(turn, i);
   }
@@ -129,20 +141,14 @@ struct AddNorm {
   // The first of this lane's eight columns, counted from `first`; those from `columns` on are nobody's.
   __device__ __forceinline__ int column(int turn) const { return lanes.part(turn) * kNormPart + lanes.column(); }
   __device__ __forceinline__ bool mine(int turn, int i) const { return row[i] >= 0 && column(turn) < columns; }
-  __device__ __forceinline__ const bf16* input(int turn, int i) const {
-    return args.x + row[i] * args.x_stride + first + column(turn);
-  }
-  __device__ __forceinline__ bf16* residual(int turn, int i) const {
-    return args.residual + row[i] * args.residual_stride + first + column(turn);
-  }
 
   __device__ __forceinline__ Inputs load(int turn) const {
     Inputs in = {};
     SGL_UNROLL
     for (int i = 0; i < kRows; ++i) {
       if (!mine(turn, i)) continue;
-      in.x[i] = load_vec(input(turn, i));
-      if (args.residual != nullptr) in.residual[i] = load_vec(residual(turn, i));
+      in.x[i] = load_vec(x_row[i] + column(turn));
+      if (args.residual != nullptr) in.residual[i] = load_vec(side_row[i] + column(turn));
     }
     return in;
   }
@@ -159,7 +165,7 @@ struct AddNorm {
     const Vec8 rounded = pack(sum);  // of an input alone, its own bits
     // What is held is stored later: a cluster's barrier would wait for it.
     if (turn < args.held) held[(turn * kRows + i) * kThreads + thread_id()] = rounded;
-    else if (args.residual != nullptr && mine(turn, i)) store_vec(residual(turn, i), rounded);
+    else if (args.residual != nullptr && mine(turn, i)) store_vec(side_row[i] + column(turn), rounded);
     const float squares = lanes.sum(add_squares(0.f, unpack(rounded)));
     if (row[i] < 0 || lanes.part(turn) * kNormPart >= columns) return;
     float* const place = sums + (first / kNormPart + lanes.part(turn)) * kNormRows + lanes.row(i);
@@ -177,7 +183,7 @@ struct AddNorm {
         for (int part = thread_id() % 16; part < all; part += 16) sum += sums[part * kNormRows + i];
       SGL_UNROLL
       for (int mask = 8; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-      if (thread_id() % 16 == 0 && i < rows.count) scales[i] = rsqrt(multiply_add(sum, args.mean, args.eps));
+      if (thread_id() % 16 == 0) scales[i] = rsqrt(multiply_add(sum, args.mean, args.eps));
     }
   }
 
@@ -186,9 +192,9 @@ struct AddNorm {
     Vec8 rounded;
     if (turn < args.held) {
       rounded = held[(turn * kRows + i) * kThreads + thread_id()];
-      if (args.residual != nullptr) store_vec(residual(turn, i), rounded);
+      if (args.residual != nullptr) store_vec(side_row[i] + column(turn), rounded);
     } else {
-      rounded = load_vec(args.residual != nullptr ? residual(turn, i) : input(turn, i));
+      rounded = load_vec((args.residual != nullptr ? side_row[i] : x_row[i]) + column(turn));
     }
     const Float8 value = unpack(rounded);
     const Float8 w = unpack(load_vec((column(turn) < args.staged ? weight : args.weight + first) + column(turn)));
@@ -196,8 +202,7 @@ struct AddNorm {
     Float8 out;
     SGL_UNROLL
     for (int c = 0; c < 8; ++c) out.v[c] = value.v[c] * scale * w.v[c];
-    bf16* to = args.residual != nullptr ? args.x + row[i] * args.x_stride : args.out + row[i] * args.out_stride;
-    store_vec(to + first + column(turn), pack(out));
+    store_vec((args.residual != nullptr ? x_row[i] : side_row[i]) + column(turn), pack(out));
   }
 };
 

@@ -49,7 +49,7 @@ struct Head {
     return args.bias == nullptr || !exists ? Pair{} : load_pair(args.bias + column);
   }
   __device__ __forceinline__ Turn turn(int row) const {
-    if (row < 0) return Turn{};
+    if (row < 0 || slice == 2) return Turn{};
     const float* angles = args.cos_sin + args.positions[row] * kHeadDim + in_head;
     return {load_floats(angles), load_floats(angles + kHalf)};
   }
@@ -111,7 +111,7 @@ SGL_DEVICE void qk_norm_rope_plain(const RopeArgs& args) {
   SGL_NO_UNROLL
   for (int i = begin; i < begin + args.block_heads && i < heads; ++i) {
     const Head<kHeadDim> head(args, i, in_head);
-    const Pair weight = head.weight(), bias = head.bias();
+    Pair weight = head.weight(), bias = head.bias();
     if (i == begin) wait_for_previous_kernel();
     const Pair x = head.load(row);
     Float8 low = unpack(x.low), high = unpack(x.high);
@@ -129,13 +129,15 @@ SGL_DEVICE void qk_norm_rope_plain(const RopeArgs& args) {
 }
 
 // With one: a warp has a strip of the first half of a head and the strip that it turns with. With kMany it walks over the
-// rows of a tile, the next ones being on their way; without, what is static and small is fetched ahead.
+// rows of a tile, the next ones being on their way.
 template <int kHeadDim, class Strip, int kSteps, bool kMany>
 struct QkNormRope {
   static constexpr int kRows = Strip::kRows;
   static constexpr int kWarps = kHeadDim / (2 * Strip::kColumns);  // of a head
   struct Inputs {
+    StripRows<Strip> strip;
     Pair x[kRows];
+    UStrip<Strip, kSteps> u;
   };
 
   const RopeArgs& args;
@@ -154,34 +156,27 @@ struct QkNormRope {
       low_b.fetch(module, first, Strip::kColumns);
       high_b.fetch(module, first + kHeadDim / 2, Strip::kColumns);
     }
-    StripRows<Strip> next_rows(rows, 0);
-    Pair weight, bias;
+    const StripRows<Strip> first_rows(rows, 0);
+    Pair weight = head.weight(), bias = head.bias();
     int64_t loc[kRows];
     Turn turn[kRows];
-    if (!kMany) {
-      weight = head.weight(), bias = head.bias();
-      SGL_UNROLL
-      for (int i = 0; i < kRows; ++i) loc[i] = head.loc(next_rows.row[i]), turn[i] = head.turn(next_rows.row[i]);
-    }
+    load_turns(first_rows, loc, turn);
     wait_for_previous_kernel();
-    Inputs next = load(next_rows);
+    Inputs next = load(first_rows, module);
     int begin = 0;
     do {
-      const StripRows<Strip> strip = next_rows;
       const Inputs in = next;
-      begin += Strip::kTokens;
-      if (kMany && begin < rows.count) {
-        next_rows = StripRows<Strip>(rows, begin);
-        next = load(next_rows);
+      if (kMany && begin > 0) {  // again, for what would otherwise be held takes registers from what is on its way
+        load_turns(in.strip, loc, turn);
+        weight = head.weight(), bias = head.bias();
       }
+      begin += Strip::kTokens;
+      if (kMany && begin < rows.count) next = load(StripRows<Strip>(rows, begin), module);
       Strip low_term = {}, high_term = {};
       if (module.b != nullptr) {
-        UStrip<Strip, kSteps> u;
-        u.fetch(module, strip.row);
-        low_term = multiply(module, low_b, u);
-        high_term = multiply(module, high_b, u);
+        low_term = multiply(module, low_b, in.u);
+        high_term = multiply(module, high_b, in.u);
       }
-      if (kMany) weight = head.weight(), bias = head.bias();
       Float8 low[kRows], high[kRows];
       float squares[kRows];
       SGL_UNROLL
@@ -196,20 +191,27 @@ struct QkNormRope {
       if (has_norm(args)) add_warps(squares);
       SGL_UNROLL
       for (int i = 0; i < kRows; ++i) {
-        const int row = strip.row[i];
         head.normalise(low[i], high[i], squares[i], weight);
-        head.finish(low[i], high[i], kMany ? head.turn(row) : turn[i], row, kMany ? head.loc(row) : loc[i]);
+        head.finish(low[i], high[i], turn[i], in.strip.row[i], loc[i]);
       }
     } while (kMany && begin < rows.count);
   }
 
  private:
   SGL_DEVICE int in_head() { return warp_id() % kWarps * Strip::kColumns + Strip::column(); }
-  __device__ __forceinline__ Inputs load(const StripRows<Strip>& strip) const {
-    Inputs in;
+  __device__ __forceinline__ Inputs load(const StripRows<Strip>& strip, const Module& module) const {
+    Inputs in = {strip, {}, {}};
     SGL_UNROLL
     for (int i = 0; i < kRows; ++i) in.x[i] = head.load(strip.row[i]);
+    if (module.b != nullptr) in.u.fetch(module, strip.row);
     return in;
+  }
+  __device__ __forceinline__ void load_turns(const StripRows<Strip>& strip, int64_t (&loc)[kRows], Turn (&turn)[kRows]) const {
+    SGL_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      loc[i] = head.loc(strip.row[i]);
+      turn[i] = head.turn(strip.row[i]);
+    }
   }
 
   // From the squares of a warp's strips those of its head. All warps of a block come here equally often.

@@ -47,31 +47,31 @@ constexpr int expand_threads(int warp) { return expand_warps(warp) * warp; }
 constexpr int expand_blocks(int warp, int columns) { return ceil_div(columns, expand_warps(warp) * kStripColumns); }
 
 // ---- residual add and norm (norm.h) --------------------------------------------------------------------------------
-// `lora` is whether there is a low-rank term: then lanes have their columns in another order.
+// `strip` is the token rows of a strip, 0 without a low-rank term: lanes have their columns in another order then.
 
 constexpr int kNormPart = 32;  // columns of a row whose squares are one sum
 constexpr int kNormRows = 16;  // token rows of a block at most
 constexpr int kMaxHidden = 16384;
 constexpr int kMaxCluster = 8;
 
-// With a term few enough that a block finds room beside two of a product: it is then there before the product has ended, and
-// the next product's blocks find their place.
-constexpr int norm_warps(int warp, bool lora) { return lora ? 4 : 256 / warp; }
-constexpr int norm_threads(int warp, bool lora) { return norm_warps(warp, lora) * warp; }
+// A block must find room beside two of a product: it is then there before the product has ended, and the next product's
+// blocks find their place. Hence few threads where lanes have many registers.
+constexpr int norm_warps(int warp, int strip) { return strip == 16 ? 4 : 256 / warp; }
+constexpr int norm_threads(int warp, int strip) { return norm_warps(warp, strip) * warp; }
 constexpr int norm_cluster(int tile, int hidden) {  // a good size where blocks can form clusters; 1 elsewhere
   const int wanted = ceil_div(hidden, tile == 16 ? 256 : 1024);
   return wanted > 4 ? 8 : wanted > 2 ? 4 : wanted;
 }
 // Parts that a block has, that its threads have at once, and the turns that it takes.
 constexpr int norm_block_parts(int hidden, int cluster) { return ceil_div(ceil_div(hidden, kNormPart), cluster); }
-constexpr int norm_parts_at_once(int warp, int block_tokens, bool lora) {
-  return lora ? norm_warps(warp, true) : norm_threads(warp, false) / 4 / block_tokens;
+constexpr int norm_parts_at_once(int warp, int block_tokens, int strip) {
+  return strip ? norm_warps(warp, strip) : norm_threads(warp, 0) / 4 / block_tokens;
 }
-constexpr int norm_turns(int warp, int hidden, int cluster, int block_tokens, bool lora) {
-  return ceil_div(norm_block_parts(hidden, cluster), norm_parts_at_once(warp, block_tokens, lora));
+constexpr int norm_turns(int warp, int hidden, int cluster, int block_tokens, int strip) {
+  return ceil_div(norm_block_parts(hidden, cluster), norm_parts_at_once(warp, block_tokens, strip));
 }
-constexpr int norm_turn_bytes(int warp, int block_tokens, bool lora) {
-  return norm_threads(warp, lora) * (lora && warp == 32 ? block_tokens / 8 : 1) * 16;
+constexpr int norm_turn_bytes(int warp, int strip) {
+  return norm_threads(warp, strip) * (warp == 32 ? larger(1, strip / 8) : 1) * 16;
 }
 // Shared memory without the two parts that may be smaller than a row.
 constexpr int norm_fixed_bytes(int hidden) { return (ceil_div(hidden, kNormPart) + 1) * kNormRows * 4; }
@@ -81,13 +81,13 @@ constexpr int norm_staged(int hidden, int cluster) {
   return smaller(norm_block_parts(hidden, cluster) * kNormPart, 4096);
 }
 // Turns whose sums stay in shared memory until they are normalised; those of others are read again.
-constexpr int norm_held(int warp, int hidden, int cluster, int block_tokens, bool lora) {
+constexpr int norm_held(int warp, int hidden, int cluster, int block_tokens, int strip) {
   const int room = norm_room(warp, hidden) - norm_staged(hidden, cluster) * 2;
-  return smaller(norm_turns(warp, hidden, cluster, block_tokens, lora), room / norm_turn_bytes(warp, block_tokens, lora));
+  return smaller(norm_turns(warp, hidden, cluster, block_tokens, strip), room / norm_turn_bytes(warp, strip));
 }
-constexpr int norm_shared_bytes(int warp, int hidden, int cluster, int block_tokens, bool lora) {
+constexpr int norm_shared_bytes(int warp, int hidden, int cluster, int block_tokens, int strip) {
   return norm_fixed_bytes(hidden) + norm_staged(hidden, cluster) * 2 +
-         norm_held(warp, hidden, cluster, block_tokens, lora) * norm_turn_bytes(warp, block_tokens, lora);
+         norm_held(warp, hidden, cluster, block_tokens, strip) * norm_turn_bytes(warp, strip);
 }
 
 // ---- SwiGLU (activation.h) -----------------------------------------------------------------------------------------

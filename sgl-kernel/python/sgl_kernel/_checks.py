@@ -113,9 +113,9 @@ def check_pools(
 
 def check_item(site: LoraSite, x: Tensor) -> None:
     """That kernels can read the slabs: those of GPUs take bfloat16 alone."""
-    if x.is_cuda and site.item_bytes != 2:
+    if x.is_cuda and site.dtype != "bfloat16":
         raise ValueError(
-            f"the site's numbers have {site.item_bytes} bytes, kernels of a GPU read bfloat16, of 2; "
+            f"the site's numbers are {site.dtype}, kernels of a GPU read bfloat16; "
             "make the layout with dtype='bfloat16'"
         )
 

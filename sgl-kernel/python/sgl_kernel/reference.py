@@ -4,7 +4,7 @@ Called by `ops`, which has checked the arguments, allocated the outputs and made
 backends have functions of the same names and signatures.
 Invariants: sums are taken in float32 and every output is rounded once; values beyond a module's own rank, rows beyond
 the batch's `tokens` and, of u, rows of slot -1 are neither read nor written. (Kernels may write to u up to the
-adapter's rank; what they write there means nothing.) Slabs may be of bfloat16 or of float32.
+adapter's rank; what they write there means nothing.) Slabs may be of any dtype that layouts have.
 
 Shape legend: T token rows, K inputs, N outputs of a group, n slices, H width, I inner width of the MLP, D width of a
 head.
@@ -22,6 +22,8 @@ from sgl_kernel.lora.batch import HEADER_WORDS, LIVE_SLOTS, LIVE_WORDS, TOKENS
 from sgl_kernel.lora.layout import RANK_STEP, TABLE_ENTRY, LoraSite, round_up
 from sgl_kernel.types import LoraBatch, LoraDelta, LoraSlabs
 
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""Of slabs, by a site's dtype."""
 Shrink = tuple[LoraSlabs, LoraSite, LoraBatch, Tensor]
 """slabs, site, batch and u: the shrink that a product takes along."""
 
@@ -175,5 +177,5 @@ def _slices(slabs: LoraSlabs, site: LoraSite, slot: int, adapter_rank: int) -> I
 
 
 def _matrix(slab: Tensor, site: LoraSite, start: int, rows: int, columns: int) -> Tensor:
-    dtype = torch.bfloat16 if site.item_bytes == 2 else torch.float32
+    dtype = _DTYPES[site.dtype]
     return slab[start : start + rows * columns * site.item_bytes].view(dtype).view(rows, columns)

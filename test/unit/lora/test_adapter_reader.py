@@ -288,6 +288,12 @@ def test_c4_rank_above_the_limit_names_the_flag():
     by_module(read_image(factors(), max_lora_rank=4))
 
 
+def test_c4_rank_that_no_flag_admits_says_so():
+    message = refusal(factors(rank=257), minimal_config(r=257))
+    assert "rank 257 is incompatible with --max-lora-rank 256; no server takes larger ones" in message
+    by_module(read_image(factors(rank=256), minimal_config(r=256)))
+
+
 def test_modules_outside_the_launch_flag_are_incompatible():
     message = refusal(factors(Q0, O0), minimal_config("q_proj", "o_proj"), target_modules=("qkv_proj", "embed_tokens"))
     assert "o_proj are incompatible with --lora-target-modules qkv_proj embed_tokens" in message

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-from sglang.srt.config.sections import LoRASection
+from sglang.srt.config.sections import MAX_LORA_RANK, LoRASection
 from sglang.srt.errors import ConfigError
 from sglang.srt.server_args import ServerArgs
 
@@ -34,6 +34,9 @@ def lora_section(args: ServerArgs) -> LoRASection:
     ):
         if value is not None and value < low:
             raise ConfigError(f"{flag} {value} must be at least {low}")
+    max_lora_rank = MAX_LORA_RANK if args.max_lora_rank is None else args.max_lora_rank
+    if max_lora_rank > MAX_LORA_RANK:
+        raise ConfigError(f"--max-lora-rank {max_lora_rank} must be at most {MAX_LORA_RANK}")
     if args.lora_eviction_policy not in _POLICIES:
         raise ConfigError(f"--lora-eviction-policy {args.lora_eviction_policy} must be one of {', '.join(_POLICIES)}")
     _check_preload(preload, args)
@@ -41,7 +44,7 @@ def lora_section(args: ServerArgs) -> LoRASection:
         enabled=True,
         max_loras_per_batch=args.max_loras_per_batch,
         max_loaded_loras=args.max_loaded_loras,
-        max_lora_rank=args.max_lora_rank,
+        max_lora_rank=max_lora_rank,
         target_modules=_target_modules(args.lora_target_modules),
         eviction_policy=cast(Any, args.lora_eviction_policy),
         keep_last=args.lora_keep_last,

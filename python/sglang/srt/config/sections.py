@@ -120,13 +120,17 @@ class ServerSection(msgspec.Struct, frozen=True, kw_only=True):
     weight_version: str = "default"
 
 
+MAX_LORA_RANK = 256
+"""The largest rank that the slots of adapters can be made for."""
+
+
 class LoRASection(msgspec.Struct, frozen=True, kw_only=True):
     """Adapters.
 
     Fields:
         max_loras_per_batch: adapter versions that run together; the base model needs none of these slots.
         max_loaded_loras: adapters that have a name; the least recently used one beyond it is retired. None: no limit.
-        max_lora_rank: largest rank taken; None for any.
+        max_lora_rank: largest rank taken; slots have room for it, whatever ranks adapters have.
         target_modules: suffixes of the modules an adapter may have (q_proj, …, embed_tokens, lm_head); None for all.
         keep_last: versions kept of a family of names that differ in a trailing number; None keeps all.
         root: directory that adapter paths must lie in; None for anywhere.
@@ -138,7 +142,7 @@ class LoRASection(msgspec.Struct, frozen=True, kw_only=True):
     enabled: bool = False
     max_loras_per_batch: int = 8
     max_loaded_loras: int | None = None
-    max_lora_rank: int | None = None
+    max_lora_rank: int = MAX_LORA_RANK
     target_modules: tuple[str, ...] | None = None
     eviction_policy: Literal["lru", "fifo"] = "lru"
     keep_last: int | None = None

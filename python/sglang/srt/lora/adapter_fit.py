@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sglang.srt.config.sections import LoRASection
+from sglang.srt.config.sections import MAX_LORA_RANK, LoRASection
 from sglang.srt.lora.adapter import AdapterModule, Span
 from sglang.srt.lora.adapter_config import AdapterConfig
 from sglang.srt.lora.problems import raise_all
@@ -131,10 +131,9 @@ class AdapterFit:
     def _check_limits(self, modules: list[PlannedModule]) -> None:
         limit, kinds = self._lora.max_lora_rank, allowed_kinds(self._lora.target_modules)
         rank = max((module.rank for module in modules), default=0)
-        if limit is not None and rank > limit:
-            self._problems.append(
-                f"rank {rank} is incompatible with --max-lora-rank {limit}; restart with a larger one"
-            )
+        if rank > limit:
+            remedy = "restart with a larger one" if limit < MAX_LORA_RANK else "no server takes larger ones"
+            self._problems.append(f"rank {rank} is incompatible with --max-lora-rank {limit}; {remedy}")
         strange = sorted({kind_of(module.name) for module in modules} - kinds) if kinds is not None else []
         if strange and self._lora.target_modules is not None:
             self._problems.append(

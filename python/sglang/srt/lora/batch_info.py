@@ -58,7 +58,7 @@ def group_rows(
 
     Args:
         versions: int64 [T], the version of every row.
-        weights: on `device`, of every version among them.
+        weights: of every version among them, where the device can read them.
     """
     present = [v for v in np.unique(versions).tolist() if v != BASE_VERSION]
     if not present:

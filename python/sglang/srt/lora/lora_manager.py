@@ -1,9 +1,12 @@
-"""Owner of the weights of every staged adapter version, on the host and, for those with a slot, on the device.
+"""Owner of the weights of every staged adapter version on the host; DeviceSlots has those that the device holds.
 
 `stage` runs on a worker thread and touches no shared state; `commit`, `free` and `load` are called by the scheduler
 between two steps, `batch` by ModelRunner within one.
 Invariants: a version's bytes never change; its file is read while it is staged and never again; a version that failed
-to stage leaves nothing; on the device are exactly the versions that were given a slot and have been used since.
+to stage leaves nothing.
+
+On a CPU there are no device slots: operators read the host's slabs where they were packed, for a row of their own would
+be the same bytes once more, in the same memory. These slabs are of their adapter's own rank.
 """
 
 from __future__ import annotations
@@ -19,8 +22,10 @@ from torch import Tensor
 from sglang.srt.errors import WeightError
 from sglang.srt.lora.adapter import Adapter
 from sglang.srt.lora.batch_info import BatchInfo, group_rows
+from sglang.srt.lora.device_slots import DeviceSlots
 from sglang.srt.lora.weights import AdapterFile, AdapterWeights, Place, copy_adapter
 from sglang.srt.ops.packed import PackedWeight
+from sglang.srt.ops.slabs import ModelSlabs
 
 PACKED_TOLERANCE = 0.1
 """Relative Frobenius error up to which a base weight stored in few bits counts as the one that an adapter repeats."""
@@ -42,31 +47,32 @@ class LoRAManager:
     Args:
         tensors: the base model's tensors by checkpoint name, ``{module}.weight`` among them.
         parameters: the base model's parameters; read, never written.
-        dtype: of activations, and so of the factors.
+        slabs: made of the same tensors' shapes.
+        num_slots: versions that a step may name; memory for them is taken at once, if the device is not the host.
     """
 
     def __init__(
         self,
         tensors: Mapping[str, BaseTensor],
         parameters: Mapping[str, Tensor | PackedWeight],
-        dtype: torch.dtype,
+        slabs: ModelSlabs,
+        num_slots: int,
         device: torch.device,
     ) -> None:
         self.device = device
-        self._dtype = dtype
+        self._slabs = slabs
         self._parameters = parameters
         self._tensors = dict(tensors)
         self._places = {
-            name.removesuffix(".weight"): Place(tensor.parameter, tensor.start)
-            for name, tensor in tensors.items()
-            if name.endswith(".weight") and len(tensor.shape) == 2
+            name: Place(tensor.parameter, tensor.start, slabs.places.get(name))
+            for name, tensor in matrices(tensors).items()
         }
         if "lm_head.weight" not in self._tensors:
             # Tied: one base weight, but an adapter of lm_head changes logits only, one of embed_tokens inputs only.
             self._tensors["lm_head.weight"] = self._tensors["model.embed_tokens.weight"]
             self._places["lm_head"] = Place("lm_head", 0)
         self._host: dict[int, AdapterWeights] = {}
-        self._device: dict[int, AdapterWeights] = self._host if device.type == "cpu" else {}
+        self._slots = None if device.type == "cpu" else DeviceSlots(slabs.layout, num_slots, device)
 
     @property
     def versions(self) -> frozenset[int]:
@@ -89,7 +95,7 @@ class LoRAManager:
 
         Raises:
             WeightError: a base weight is not the model's own, or a module is not the model's.
-            OSError, ValueError: the file cannot be mapped.
+            OSError, ValueError: the file cannot be mapped, or a number is too large for the model's dtype.
         """
         unknown = [m.name for m in adapter.modules if m.name not in self._places]
         if unknown:
@@ -97,7 +103,8 @@ class LoRAManager:
         file = AdapterFile(adapter)
         for name, span in adapter.base_copies:
             self._check_base(name, file.tensor(span))
-        return copy_adapter(adapter, file, self._places, self._dtype, pin=self.device.type == "cuda")
+        tight, pin = self._slots is None, self.device.type == "cuda"
+        return copy_adapter(adapter, file, self._places, self._slabs, tight=tight, pin=pin)
 
     def _check_base(self, name: str, copy: Tensor) -> None:
         base = self._tensors.get(name)
@@ -128,24 +135,30 @@ class LoRAManager:
     def free(self, version_id: int) -> int:
         """Forget a version; returns the bytes of host memory that it had."""
         weights = self._host.pop(version_id)
-        self._device.pop(version_id, None)
+        if self._slots is not None:
+            self._slots.forget(version_id)
         return weights.nbytes
 
     # ---- within a step ---------------------------------------------------------------------------------------------
 
     def load(self, slots: tuple[int, ...]) -> None:
-        """Bring the versions that have a slot to the device and drop all others."""
-        if self._device is self._host:
-            return
-        for version_id in [v for v in self._device if v not in slots]:
-            del self._device[version_id]
-        for version_id in slots:
-            if version_id in self._host and version_id not in self._device:
-                self._device[version_id] = self._host[version_id].to(self.device)
+        """Bring the versions that have a slot to the device, each into the row of its slot."""
+        if self._slots is not None:
+            self._slots.load(slots, self._host)
 
     def batch(self, versions: NDArray[np.int64]) -> BatchInfo | None:
         """The adapters of rows with these versions (int64 [T]), all loaded; None when no row has one."""
-        return group_rows(versions, self._device, self.device)
+        weights = self._host if self._slots is None else self._slots.weights
+        return group_rows(versions, weights, self.device)
+
+
+def matrices(tensors: Mapping[str, BaseTensor]) -> dict[str, BaseTensor]:
+    """The tensors that adapters may add to, by module name."""
+    return {
+        name.removesuffix(".weight"): tensor
+        for name, tensor in tensors.items()
+        if name.endswith(".weight") and len(tensor.shape) == 2
+    }
 
 
 def _relative_error(packed: PackedWeight, copy: Tensor) -> float:

@@ -1,6 +1,7 @@
 """Builds the back's engine from the configuration: device, weights, KV pool, attention, sampler.
 
-Called once, by the scheduler's main; the order matters: the KV pool takes its share of what the weights leave.
+Called once, by the scheduler's main; the order matters: the KV pool takes its share of what the weights and the slots
+of adapters leave.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from sglang.srt import environ
 from sglang.srt.config.sections import Config
 from sglang.srt.errors import ConfigError
 from sglang.srt.layers.attention.factory import create_attention_backend
-from sglang.srt.lora.lora_manager import BaseTensor, LoRAManager
+from sglang.srt.lora.lora_manager import BaseTensor, LoRAManager, matrices
 from sglang.srt.managers.io_struct.wire import Ready
 from sglang.srt.mem_cache.kv_manager import KVManager
 from sglang.srt.mem_cache.kv_pool import KVPool, kv_bytes_per_token
@@ -24,6 +25,7 @@ from sglang.srt.model_executor.forward_context import resolve_dtype
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.models.decoder import DecoderForCausalLM
+from sglang.srt.ops.slabs import ModelSlabs
 from sglang.srt.platforms.platform import Platform, get_platform
 from sglang.srt.sampling.sampler import Sampler
 
@@ -67,7 +69,8 @@ def build_engine(config: Config) -> Engine:
     """Load the weights and size the KV cache.
 
     Raises:
-        ConfigError: not enough memory for the KV cache asked for.
+        ConfigError: not enough memory for the KV cache or the adapter slots asked for, or slots cannot hold adapters of
+            this model.
         WeightError: the checkpoint does not fit the model.
     """
     platform = get_platform(config.device)
@@ -76,6 +79,7 @@ def build_engine(config: Config) -> Engine:
     model = load_model(config.model, config.load, platform.device)
     load_seconds = time.perf_counter() - started
     weight_bytes = max(before - platform.available_memory(), 0)
+    lora = _create_lora(config, model, platform) if config.lora.enabled else None
     num_pages = _num_pages(config, platform)
     memory, schedule = config.memory, config.schedule
     pool = _create_pool(config, num_pages, platform.device)
@@ -91,9 +95,6 @@ def build_engine(config: Config) -> Engine:
     attention = create_attention_backend(config.device.attention_backend, pool, kv.table, platform.device, window)
     original = environ.SGLANG_RETURN_ORIGINAL_LOGPROB.get()
     sampler = Sampler(config.model.vocab_size, platform.device, return_original_logprob=original)
-    lora = None
-    if config.lora.enabled:
-        lora = LoRAManager(lora_tensors(model), model.parameters, resolve_dtype(config.load.dtype), platform.device)
     runner = ModelRunner(model, attention, sampler, kv.table, schedule.max_running_requests, platform.device, lora)
     logger.info(
         "%s on %s, %s: weights loaded in %.1f s, KV cache %d tokens (%.2f GiB)",
@@ -106,6 +107,23 @@ def lora_tensors(model: DecoderForCausalLM) -> dict[str, BaseTensor]:
     """Where adapters find the base model's tensors, by checkpoint name."""
     targets = model.weights.targets.items()
     return {name: BaseTensor(target.parameter, target.start, target.shape) for name, target in targets}
+
+
+def _create_lora(config: Config, model: DecoderForCausalLM, platform: Platform) -> LoRAManager:
+    tensors, section = lora_tensors(model), config.lora
+    shapes = {name: tensor.shape for name, tensor in matrices(tensors).items()}
+    try:
+        slabs = ModelSlabs(shapes, section.max_lora_rank, config.load.dtype)
+    except ValueError as error:
+        raise ConfigError(f"adapters of this model cannot be served: {error}; leave out --enable-lora") from error
+    slots = section.max_loras_per_batch
+    if platform.device.type != "cpu":
+        needed, free = slots * slabs.layout.slab_bytes, platform.available_memory()
+        size = f"{slots} adapter slots of rank {section.max_lora_rank} need {needed / GIB:.2f} GiB"
+        if needed > free:
+            raise ConfigError(f"{size}, {free / GIB:.2f} GiB are free; lower --max-lora-rank or --max-loras-per-batch")
+        logger.info("%s; --max-lora-rank and --max-loras-per-batch decide that", size)
+    return LoRAManager(tensors, model.parameters, slabs, slots, platform.device)
 
 
 def _token_bytes(config: Config) -> int:

@@ -1,4 +1,4 @@
-"""Arrays of any floating dtype as bf16 bits or as float32, without torch.
+"""Arrays of any floating dtype as bf16 bits, as float16 or as float32, without torch.
 
 Used by `slab`. numpy has no bf16, so its bits travel as uint16. Invariant: a value is rounded once, to nearest with
 ties to even, whatever it is rounded from.
@@ -48,6 +48,22 @@ def to_float32(array: Any) -> NDArray[np.float32]:
         return values.astype(np.float32, copy=False)
 
 
+def to_float16(array: Any) -> NDArray[np.float16]:
+    """The float16 values of what `to_bf16_bits` takes, infinite where they are too large.
+
+    Returns:
+        float16 of the same shape; a view where nothing had to be changed.
+
+    Raises:
+        TypeError: it has another dtype.
+    """
+    values = _as_numpy(array)
+    if values.dtype == np.uint16:
+        values = from_bf16_bits(values)
+    with np.errstate(over="ignore", under="ignore"):
+        return values.astype(np.float16, copy=False)
+
+
 def from_bf16_bits(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
     """The values, exactly."""
     wide: NDArray[np.uint32] = np.left_shift(bits, 16, dtype=np.uint32)
@@ -55,10 +71,10 @@ def from_bf16_bits(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
 
 
 def all_finite(values: NDArray[Any]) -> bool:
-    """Whether no value, of float32 or of bf16 as bits, is infinite or NaN."""
-    if values.dtype == np.float32:
-        return bool(np.isfinite(values).all())
-    return not bool(((values & 0x7F80) == 0x7F80).any())
+    """Whether no value, of float32, of float16 or of bf16 as bits, is infinite or NaN."""
+    if values.dtype == np.uint16:
+        return not bool(((values & 0x7F80) == 0x7F80).any())
+    return bool(np.isfinite(values).all())
 
 
 def _as_numpy(array: Any) -> NDArray[Any]:

@@ -24,8 +24,12 @@ HEADER_BYTES = 16
 """Of a slab: int32, the adapter's rank, and zeros."""
 TABLE_ENTRY = 8
 """Bytes of int32 rank, float32 scale."""
-ITEM_BYTES = {"bfloat16": 2, "float32": 4}
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes of a number of A and B, by the dtype of a layout."""
+DTYPE_WORDS = {"bfloat16": 2, "float32": 4, "float16": 18}
+"""How a site's words name its dtype: the bytes of a number, and 16 more for the second dtype of as many bytes. Compiled
+kernels take 2 alone."""
+_DTYPES = {word: dtype for dtype, word in DTYPE_WORDS.items()}
 _SITE_WORDS = 6 + 2 * MAX_SLICES
 _SLAB_STEP = 256
 """Bytes; slab s of an allocation is then aligned as the allocation is."""
@@ -73,9 +77,11 @@ class LoraSite:
             the start of a slab.
         a_offset: of the first slice's A; A of slice i starts i * rank_cap * in_features * item_bytes later.
         b_offsets: of every slice's B, whose rows are as far apart as the adapter's rank, rounded up to 8, says.
-        item_bytes: of a number of A and B: 2, bf16, or 4, float32.
+        dtype: of A and B, as the layout's.
+        item_bytes: of a number of A and B.
         words: the site as 12 numbers, which is what kernels take: in_features, rank_cap, number of slices, three
-            out_features, table_offset, a_offset, three b_offsets, item_bytes; 0 for a slice that is not there.
+            out_features, table_offset, a_offset, three b_offsets, the dtype (`DTYPE_WORDS`); 0 for a slice that is not
+            there.
         num_slices: n.
         u_width: columns of u, n * rank_cap.
         total_out: N, rows of all slices.
@@ -88,7 +94,8 @@ class LoraSite:
     table_offset: int
     a_offset: int
     b_offsets: tuple[int, ...]
-    item_bytes: int = 2
+    dtype: str = "bfloat16"
+    item_bytes: int = field(init=False, repr=False)
     words: tuple[int, ...] = field(init=False, repr=False)
     num_slices: int = field(init=False, repr=False)
     u_width: int = field(init=False, repr=False)
@@ -100,13 +107,15 @@ class LoraSite:
         slices = len(self.out_features)
         absent = (0,) * (MAX_SLICES - slices)
         shape = (self.in_features, self.rank_cap, slices, *self.out_features, *absent)
-        words = (*shape, self.table_offset, self.a_offset, *self.b_offsets, *absent, self.item_bytes)
+        words = (*shape, self.table_offset, self.a_offset, *self.b_offsets, *absent, DTYPE_WORDS[self.dtype])
+        item_bytes = ITEM_BYTES[self.dtype]
         for name, value in (
+            ("item_bytes", item_bytes),
             ("words", words),
             ("num_slices", slices),
             ("u_width", slices * self.rank_cap),
             ("total_out", sum(self.out_features)),
-            ("end", self.b_offsets[-1] + self.out_features[-1] * self.rank_cap * self.item_bytes),
+            ("end", self.b_offsets[-1] + self.out_features[-1] * self.rank_cap * item_bytes),
         ):
             object.__setattr__(self, name, value)
 
@@ -115,17 +124,17 @@ class LoraSite:
         """The site that has these `words`.
 
         Raises:
-            ValueError: there are not 12 of them, or the number of slices is not 1 to 3, or item_bytes not 2 or 4.
+            ValueError: there are not 12 of them, or the number of slices is not 1 to 3, or there is no such dtype.
         """
         values = tuple(words)
-        if len(values) != _SITE_WORDS or not 1 <= values[2] <= MAX_SLICES or values[-1] not in ITEM_BYTES.values():
+        if len(values) != _SITE_WORDS or not 1 <= values[2] <= MAX_SLICES or values[-1] not in _DTYPES:
             raise ValueError(
-                f"a site is {_SITE_WORDS} ints with 1 to {MAX_SLICES} slices of 2 or 4 bytes a number, got {values}; "
+                f"a site is {_SITE_WORDS} ints with 1 to {MAX_SLICES} slices and a dtype of 2, 4 or 18, got {values}; "
                 "pass LoraSite.words"
             )
         slices = values[2]
         b_offsets = values[8 : 8 + slices]
-        return cls(values[0], values[3 : 3 + slices], values[1], values[6], values[7], b_offsets, values[-1])
+        return cls(values[0], values[3 : 3 + slices], values[1], values[6], values[7], b_offsets, _DTYPES[values[-1]])
 
     def a_start(self, index: int) -> int:
         """Where A of a slice starts, bytes from the start of the slab."""
@@ -139,8 +148,8 @@ class LoraLayout:
         groups: of every layer, in the order in which they lie in the slab.
         num_layers: how often they repeat.
         max_rank: the largest rank that an adapter may have, 1 to 256.
-        dtype: of A and B: ``bfloat16``, which all kernels take, or ``float32``, for servers that compute in float32 on
-            a CPU.
+        dtype: of A and B: ``bfloat16``, which all kernels take, or ``float16`` or ``float32``, for servers that compute
+            in these by other means.
 
     Attributes:
         rank_cap: max_rank rounded up to 8.
@@ -166,7 +175,7 @@ class LoraLayout:
         table, end = HEADER_BYTES, HEADER_BYTES + self.table_bytes
         for layer in range(num_layers):
             for group in self.groups:
-                site = _place(group, self.rank_cap, self.item_bytes, table, end)
+                site = _place(group, self.rank_cap, dtype, table, end)
                 self._sites[layer, group.name] = site
                 table, end = table + site.num_slices * TABLE_ENTRY, site.end
         self.slab_bytes = round_up(end, _SLAB_STEP)
@@ -248,14 +257,15 @@ class LoraLayout:
         return f"LoraLayout({list(self.groups)}, {numbers})"
 
 
-def _place(group: LoraGroup, rank_cap: int, item_bytes: int, table: int, start: int) -> LoraSite:
+def _place(group: LoraGroup, rank_cap: int, dtype: str, table: int, start: int) -> LoraSite:
     """The site whose table entries are at `table` and whose factors begin at `start`."""
+    item_bytes = ITEM_BYTES[dtype]
     end = start + len(group.out_features) * rank_cap * group.in_features * item_bytes
     b_offsets = []
     for rows in group.out_features:
         b_offsets.append(end)
         end += rows * rank_cap * item_bytes
-    return LoraSite(group.in_features, group.out_features, rank_cap, table, start, tuple(b_offsets), item_bytes)
+    return LoraSite(group.in_features, group.out_features, rank_cap, table, start, tuple(b_offsets), dtype)
 
 
 def decoder_groups(

@@ -10,19 +10,24 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sgl_kernel.lora.bf16 import all_finite, to_bf16_bits, to_float32
+from sgl_kernel.lora.bf16 import all_finite, to_bf16_bits, to_float16, to_float32
 from sgl_kernel.lora.layout import HEADER_BYTES, MAX_RANK, RANK_STEP, TABLE_ENTRY, LoraLayout, LoraSite, round_up
 
-_ROUND: dict[str, Callable[[Any], NDArray[Any]]] = {"bfloat16": to_bf16_bits, "float32": to_float32}
-_ITEMS = {2: np.uint16, 4: np.float32}
-"""By the bytes of a number; bf16 as bits."""
+_ROUND: dict[str, Callable[[Any], NDArray[Any]]] = {
+    "bfloat16": to_bf16_bits,
+    "float16": to_float16,
+    "float32": to_float32,
+}
+_ITEMS = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}
+"""By a site's dtype; bf16 as bits."""
 _ENTRY = np.dtype([("rank", "<i4"), ("scale", "<f4")])
 
 
@@ -50,19 +55,8 @@ class LoraModule:
         return f"layer {self.layer}, {self.group}[{self.slice_index}]"
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A checked module, as it will lie in the slab."""
-
-    site: LoraSite
-    slice_index: int
-    scale: np.float32
-    a: NDArray[Any]
-    b: NDArray[Any]
-
-
 def pack_slab(layout: LoraLayout, modules: Iterable[LoraModule], out: NDArray[np.uint8]) -> None:
-    """Fill a slab with an adapter.
+    """Fill a slab with an adapter: every factor is rounded on its way there, so no second copy of them all exists.
 
     Args:
         modules: any subset of the layout's slices, each once, in any order; what is missing adds nothing.
@@ -79,16 +73,23 @@ def pack_slab(layout: LoraLayout, modules: Iterable[LoraModule], out: NDArray[np
     if not out.flags.writeable:
         raise ValueError("out is read-only; give a writable buffer")
     out.fill(0)
-    parts: dict[tuple[int, str, int], _Part] = {}
-    for module in modules:
+    ranks: dict[tuple[int, str, int], int] = {}
+    given = list(modules)
+    for module in given:
         key = (module.layer, module.group, module.slice_index)
-        if key in parts:
+        if key in ranks:
             raise ValueError(f"{module.name} is given twice; give every module once")
-        parts[key] = _check(layout, module)
-    rank = max((part.a.shape[0] for part in parts.values()), default=0)
-    for part in parts.values():
-        _write(out, part, rank)
-    out[:4].view("<i4")[0] = rank
+        with _naming(module):
+            ranks[key] = _rank_of(layout, module)
+    adapter_rank = max(ranks.values(), default=0)
+    try:
+        for module in given:
+            with _naming(module):
+                _write(layout, module, adapter_rank, out)
+    except ValueError:
+        out.fill(0)
+        raise
+    out[:4].view("<i4")[0] = adapter_rank
 
 
 def unpack_slab(layout: LoraLayout, slab: NDArray[np.uint8]) -> list[LoraModule]:
@@ -148,22 +149,25 @@ def slab_digest(layout: LoraLayout, slab: NDArray[np.uint8]) -> str:
     return digest.hexdigest()
 
 
-def _check(layout: LoraLayout, module: LoraModule) -> _Part:
+@contextmanager
+def _naming(module: LoraModule) -> Iterator[None]:
+    """Errors inside say which module they are about."""
     try:
-        site = layout.site(module.layer, module.group)
-        if not 0 <= module.slice_index < site.num_slices:
-            raise ValueError(f"there is no such slice; {module.group} has slices 0 to {site.num_slices - 1}")
-        a, b = _ROUND[layout.dtype](module.a), _ROUND[layout.dtype](module.b)
-        _check_shapes(site, module.slice_index, a.shape, b.shape, layout.max_rank)
-        if not (all_finite(a) and all_finite(b)):
-            raise ValueError(
-                f"a factor has a value that is infinite or NaN, or too large for {layout.dtype}; look at the training"
-            )
-        if not (math.isfinite(module.scale) and abs(module.scale) <= float(np.finfo(np.float32).max)):
-            raise ValueError(f"scale is {module.scale}; it must be a finite float32")
+        yield
     except (TypeError, ValueError) as error:
         raise ValueError(f"{module.name}: {error}") from error
-    return _Part(site, module.slice_index, np.float32(module.scale), a, b)
+
+
+def _rank_of(layout: LoraLayout, module: LoraModule) -> int:
+    """The rank of a module that has a place in the layout, by its shapes and its scale; its values are not read."""
+    site = layout.site(module.layer, module.group)
+    if not 0 <= module.slice_index < site.num_slices:
+        raise ValueError(f"there is no such slice; {module.group} has slices 0 to {site.num_slices - 1}")
+    a, b = np.shape(module.a), np.shape(module.b)
+    _check_shapes(site, module.slice_index, a, b, layout.max_rank)
+    if not (math.isfinite(module.scale) and abs(module.scale) <= float(np.finfo(np.float32).max)):
+        raise ValueError(f"scale is {module.scale}; it must be a finite float32")
+    return int(a[0])
 
 
 def _check_shapes(site: LoraSite, index: int, a: tuple[int, ...], b: tuple[int, ...], max_rank: int) -> None:
@@ -176,11 +180,17 @@ def _check_shapes(site: LoraSite, index: int, a: tuple[int, ...], b: tuple[int, 
         raise ValueError(f"rank is {a[0]}; this layout takes 1 to {max_rank}, so make it with a larger max_rank")
 
 
-def _write(out: NDArray[np.uint8], part: _Part, adapter_rank: int) -> None:
-    rank = part.a.shape[0]
-    _a_of(out, part.site, part.slice_index, rank)[:] = part.a
-    _b_of(out, part.site, part.slice_index, rank, adapter_rank)[:] = part.b
-    _entry(out, part.site, part.slice_index)[0] = (rank, part.scale)
+def _write(layout: LoraLayout, module: LoraModule, adapter_rank: int, out: NDArray[np.uint8]) -> None:
+    site, index, rank = layout.site(module.layer, module.group), module.slice_index, len(module.a)
+    places = _a_of(out, site, index, rank), _b_of(out, site, index, rank, adapter_rank)
+    for place, factor in zip(places, (module.a, module.b), strict=True):
+        values = _ROUND[layout.dtype](factor)
+        if not all_finite(values):
+            raise ValueError(
+                f"a factor has a value that is infinite or NaN, or too large for {layout.dtype}; look at the training"
+            )
+        place[:] = values
+    _entry(out, site, index)[0] = (rank, np.float32(module.scale))
 
 
 def _entry(slab: NDArray[np.uint8], site: LoraSite, index: int) -> NDArray[Any]:
@@ -201,4 +211,4 @@ def _b_of(slab: NDArray[np.uint8], site: LoraSite, index: int, rank: int, adapte
 
 def _matrix(slab: NDArray[np.uint8], site: LoraSite, start: int, rows: int, columns: int) -> NDArray[Any]:
     size = rows * columns * site.item_bytes
-    return slab[start : start + size].view(_ITEMS[site.item_bytes]).reshape(rows, columns)
+    return slab[start : start + size].view(_ITEMS[site.dtype]).reshape(rows, columns)
