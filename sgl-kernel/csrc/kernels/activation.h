@@ -35,80 +35,58 @@ SGL_DEVICE void silu_and_mul_plain(const ActivationArgs& args) {
       store_vec(args.out + (first + i) * args.out_stride + column, silu_times(unpack(gate[i]), unpack(up[i])));
 }
 
-// With one: a warp has 32 columns of gate and the same of up. With kMany it walks over the rows of a tile, the next ones
-// being on their way.
-template <class Strip, int kSteps, bool kMany>
-struct SiluAndMul {
-  static constexpr int kRows = Strip::kRows;
-  struct Inputs {
-    StripRows<Strip> strip;
-    Vec8 gate[kRows], up[kRows];
-    UStrip<Strip, kSteps> gate_u, up_u;
-  };
-
-  const ActivationArgs& args;
-  const Rows& rows;
-  int first;  // column of the warp
-
-  __device__ __forceinline__ void run() const {
-    const Module gate = module_of(args.delta, rows.slot, rows.rank, 0);
-    const Module up = module_of(args.delta, rows.slot, rows.rank, 1);
-    BStrip<Strip, kSteps> gate_b, up_b;
-    if (rows.slot >= 0) {
-      gate_b.fetch(gate, first, args.inner - first);
-      up_b.fetch(up, first, args.inner - first);
-    }
-    const StripRows<Strip> first_rows(rows, 0);
-    wait_for_previous_kernel();
-    Inputs next = load(first_rows, gate, up);
-    int begin = 0;
-    do {
-      const Inputs in = next;
-      begin += Strip::kTokens;
-      if (kMany && begin < rows.count) next = load(StripRows<Strip>(rows, begin), gate, up);
-      Strip gate_term = {}, up_term = {};
-      if (rows.slot >= 0) {
-        gate_term = multiply(gate, gate_b, in.gate_u);
-        up_term = multiply(up, up_b, in.up_u);
-      }
-      SGL_UNROLL
-      for (int i = 0; i < kRows; ++i) {
-        Float8 gate_sum = unpack(in.gate[i]), up_sum = unpack(in.up[i]);
-        add_term(gate_sum, gate, gate_term, i);
-        add_term(up_sum, up, up_term, i);
-        const int row = in.strip.row[i];
-        if (mine(row)) store_vec(args.out + row * args.out_stride + column(), silu_times(gate_sum, up_sum));
-      }
-    } while (kMany && begin < rows.count);
+// With one: a warp has 32 columns of gate and the same of up, and walks over the rows of a tile.
+template <class Strip, int kSteps>
+SGL_DEVICE void silu_and_mul_strip(const ActivationArgs& args, const Rows& rows, int first) {
+  const int left = args.inner - first;
+  if (left <= 0) return wait_for_previous_kernel();
+  const Module gate = module_of(args.delta, rows.slot, rows.rank, 0);
+  const Module up = module_of(args.delta, rows.slot, rows.rank, 1);
+  BStrip<Strip, kSteps> gate_b, up_b;
+  if (rows.slot >= 0) {
+    gate_b.fetch(gate, first, left);
+    up_b.fetch(up, first, left);
   }
-
- private:
-  __device__ __forceinline__ int column() const { return first + Strip::column(); }
-  __device__ __forceinline__ bool mine(int row) const { return row >= 0 && column() < args.inner; }
-  __device__ __forceinline__ Inputs load(const StripRows<Strip>& strip, const Module& gate, const Module& up) const {
-    Inputs in = {strip, {}, {}, {}, {}};
+  // Lanes beyond the last column compute the last ones again.
+  const int column = first + (Strip::column() < left ? Strip::column() : left - 8);
+  const StripRows<Strip> first_rows(rows, 0);
+  wait_for_previous_kernel();
+  SGL_NO_UNROLL
+  for (int begin = 0; begin < rows.count; begin += Strip::kTokens) {
+    const StripRows<Strip> strip = begin == 0 ? first_rows : StripRows<Strip>(rows, begin);
+    Vec8 x[2][Strip::kRows];
     SGL_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      if (!mine(strip.row[i])) continue;
-      const bf16* x = args.x + strip.row[i] * args.x_stride + column();
-      in.gate[i] = load_vec(x);
-      in.up[i] = load_vec(x + args.inner);
+    for (int i = 0; i < Strip::kRows; ++i) {
+      const bf16* place = args.x + strip.row[i] * args.x_stride + column;
+      x[0][i] = load_vec(place);
+      x[1][i] = load_vec(place + args.inner);
     }
+    Strip gate_term = {}, up_term = {};
     if (rows.slot >= 0) {
-      in.gate_u.fetch(gate, strip.row);
-      in.up_u.fetch(up, strip.row);
+      UStrip<Strip, kSteps> gate_u, up_u;
+      gate_u.fetch(gate, strip.row);
+      up_u.fetch(up, strip.row);
+      gate_term = multiply(gate, gate_b, gate_u);
+      up_term = multiply(up, up_b, up_u);
     }
-    return in;
+    SGL_UNROLL
+    for (int i = 0; i < Strip::kRows; ++i) {
+      Float8 gate_sum = unpack(x[0][i]), up_sum = unpack(x[1][i]);
+      add_term(gate_sum, gate, gate_term, i);
+      add_term(up_sum, up, up_term, i);
+      const Vec8 out = silu_times(gate_sum, up_sum);
+      if (strip.mine[i] && Strip::column() < left) store_vec(args.out + strip.row[i] * args.out_stride + column, out);
+    }
   }
-};
+}
 
 // Grid: x = blocks of strips; y = pieces of the batch's tiles.
-template <class Strip, int kSteps, bool kMany>
+template <class Strip, int kSteps>
 SGL_DEVICE void silu_and_mul(const ActivationArgs& args) {
   let_next_kernel_start();
   const Rows rows = rows_of_piece(args.delta.batch, args.block_tokens, args.piece_bits);
   if (rows.count <= 0) return wait_for_previous_kernel();
-  SiluAndMul<Strip, kSteps, kMany>{args, rows, (block_x() * kActivationWarps + warp_id()) * Strip::kColumns}.run();
+  silu_and_mul_strip<Strip, kSteps>(args, rows, (block_x() * kActivationWarps + warp_id()) * Strip::kColumns);
 }
 
 }  // namespace sgl

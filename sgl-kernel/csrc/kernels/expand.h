@@ -25,22 +25,22 @@ SGL_DEVICE void lora_expand_add(const ExpandArgs& args) {
     width = site.out_features[i];
     slice = i;
   }
-  const int first = (index * kExpandWarps + warp_id()) * Strip::kColumns;
+  const int first = (index * kExpandWarps + warp_id()) * Strip::kColumns, left = width - first;
   const Module module = module_of(args.delta, rows.slot, rows.rank, slice);
+  if (left <= 0 || module.rank == 0) return wait_for_previous_kernel();
   BStrip<Strip, kSteps> b;
-  b.fetch(module, first, width - first);
+  b.fetch(module, first, left);
   wait_for_previous_kernel();
-  if (module.rank == 0) return;
   SGL_NO_UNROLL
   for (int begin = 0; begin < rows.count; begin += Strip::kTokens) {
     const StripRows<Strip> strip(rows, begin);
+    auto mine = [&](int i) { return strip.mine[i] && Strip::column() < left; };
     Vec8 y[Strip::kRows];
     bf16* place[Strip::kRows];
-    const bool mine = first + Strip::column() < width;
     SGL_UNROLL
     for (int i = 0; i < Strip::kRows; ++i) {
       place[i] = args.y + strip.row[i] * args.y_stride + out_start + first + Strip::column();
-      y[i] = mine && strip.row[i] >= 0 ? load_vec(place[i]) : Vec8{};
+      y[i] = mine(i) ? load_vec(place[i]) : Vec8{};
     }
     UStrip<Strip, kSteps> u;
     u.fetch(module, strip.row);
@@ -49,7 +49,7 @@ SGL_DEVICE void lora_expand_add(const ExpandArgs& args) {
     for (int i = 0; i < Strip::kRows; ++i) {
       Float8 sum = unpack(y[i]);
       add_term(sum, module, term, i);
-      if (mine && strip.row[i] >= 0) store_vec(place[i], pack(sum));
+      if (mine(i)) store_vec(place[i], pack(sum));
     }
   }
 }

@@ -155,10 +155,14 @@ struct AddNorm {
 
   __device__ __forceinline__ void fetch_b(BStrip<Strip, kHeldSteps>& b, const Module& module, int turn) const {
     const int start = lanes.part(turn) * kNormPart;
-    if constexpr (kLora) b.fetch(module, first + start, columns - start);
+    if constexpr (kLora)
+      if (start < columns) b.fetch(module, first + start, columns - start);
   }
   __device__ __forceinline__ void fetch_u(UStrip<Strip, kHeldSteps>& u, const Module& module) const {
-    if constexpr (kLora) u.fetch(module, row);
+    int present[kRows];
+    SGL_UNROLL
+    for (int i = 0; i < kRows; ++i) present[i] = row[i] < 0 ? rows.perm[rows.first] : row[i];
+    if constexpr (kLora) u.fetch(module, present);
   }
 
   __device__ __forceinline__ void accumulate(int turn, int i, const Float8& sum) {
@@ -166,7 +170,7 @@ struct AddNorm {
     // What is held is stored later: a cluster's barrier would wait for it.
     if (turn < args.held) held[(turn * kRows + i) * kThreads + thread_id()] = rounded;
     else if (args.residual != nullptr && mine(turn, i)) store_vec(side_row[i] + column(turn), rounded);
-    const float squares = lanes.sum(add_squares(0.f, unpack(rounded)));
+    const float squares = lanes.sum(column(turn) < columns ? add_squares(0.f, unpack(rounded)) : 0.f);
     if (row[i] < 0 || lanes.part(turn) * kNormPart >= columns) return;
     float* const place = sums + (first / kNormPart + lanes.part(turn)) * kNormRows + lanes.row(i);
     SGL_NO_UNROLL

@@ -26,11 +26,13 @@ struct Head {
   int in_head;               // and of the head
   bool exists;
 
-  __device__ __forceinline__ Head(const RopeArgs& args_, int head, int in_head_) : args(args_), in_head(in_head_) {
-    const int q = args.num_heads, kv = args.num_kv_heads;
+  // Beyond the last head it is the last one again, but not to be stored.
+  __device__ __forceinline__ Head(const RopeArgs& args_, int index_, int in_head_) : args(args_), in_head(in_head_) {
+    const int q = args.num_heads, kv = args.num_kv_heads, heads = q + 2 * kv;
+    exists = index_ < heads;
+    const int head = exists ? index_ : heads - 1;
     slice = head < q ? 0 : head < q + kv ? 1 : 2;
     index = head - (slice == 0 ? 0 : slice == 1 ? q : q + kv);
-    exists = head < q + 2 * kv;
     column = head * kHeadDim + in_head;
   }
 
@@ -42,22 +44,19 @@ struct Head {
   __device__ __forceinline__ const bf16* norm() const {
     return slice == 0 ? args.q_weight : slice == 1 ? args.k_weight : nullptr;
   }
-  __device__ __forceinline__ Pair weight() const {
-    return norm() == nullptr || !exists ? Pair{} : load_pair(norm() + in_head);
-  }
-  __device__ __forceinline__ Pair bias() const {
-    return args.bias == nullptr || !exists ? Pair{} : load_pair(args.bias + column);
-  }
+  __device__ __forceinline__ Pair weight() const { return norm() == nullptr ? Pair{} : load_pair(norm() + in_head); }
+  __device__ __forceinline__ Pair bias() const { return args.bias == nullptr ? Pair{} : load_pair(args.bias + column); }
   __device__ __forceinline__ Turn turn(int row) const {
-    if (row < 0 || slice == 2) return Turn{};
+    if (slice == 2) return Turn{};
     const float* angles = args.cos_sin + args.positions[row] * kHeadDim + in_head;
     return {load_floats(angles), load_floats(angles + kHalf)};
   }
   __device__ __forceinline__ int64_t loc(int row) const {
-    return row >= 0 && args.k_pool != nullptr ? args.locs[row] : 0;
+    return args.k_pool != nullptr ? args.locs[row] : 0;
   }
-  __device__ __forceinline__ Pair load(int row) const {
-    return row < 0 || !exists ? Pair{} : load_pair(args.qkv + row * args.qkv_stride + column);
+  __device__ __forceinline__ Pair load(int row, bool mine) const {
+    if (!mine || !exists) return Pair{};  // somebody else may be writing it
+    return load_pair(args.qkv + row * args.qkv_stride + column);
   }
 
   __device__ __forceinline__ void add_bias(Float8& low, Float8& high, const Pair& bias) const {
@@ -77,8 +76,7 @@ struct Head {
     }
   }
   // Turns q and k, and writes the row.
-  __device__ __forceinline__ void finish(Float8& low, Float8& high, const Turn& turn, int row, int64_t loc) const {
-    if (row < 0 || !exists) return;
+  __device__ __forceinline__ void finish(Float8& low, Float8& high, const Turn& turn, int row, int64_t loc, bool mine) const {
     if (slice < 2)
       SGL_UNROLL
       for (int c = 0; c < 8; ++c) {
@@ -87,6 +85,7 @@ struct Head {
         low.v[c] = turned;
       }
     const Pair y = {pack(low), pack(high)};
+    if (!mine || !exists) return;
     store_pair(args.qkv + row * args.qkv_stride + column, y);
     if (slice == 0 || args.k_pool == nullptr) return;
     bf16* const pool = slice == 1 ? args.k_pool : args.v_pool;
@@ -105,7 +104,9 @@ SGL_DEVICE void qk_norm_rope_plain(const RopeArgs& args) {
   let_next_kernel_start();
   const int in_head = thread_id() % kLanes * 8, heads = args.num_heads + 2 * args.num_kv_heads;
   const Rows rows = neighbouring_rows(args.tokens, block_y(), kRopeRows);
-  const int row = row_of(rows, thread_id() / kLanes), begin = block_x() * args.block_heads;
+  const int begin = block_x() * args.block_heads, index = thread_id() / kLanes;
+  const bool mine = index < rows.count;
+  const int row = rows.first + (mine ? index : 0);
   const Turn turn = Head<kHeadDim>(args, begin, in_head).turn(row);
   const int64_t loc = Head<kHeadDim>(args, begin, in_head).loc(row);
   SGL_NO_UNROLL
@@ -113,7 +114,7 @@ SGL_DEVICE void qk_norm_rope_plain(const RopeArgs& args) {
     const Head<kHeadDim> head(args, i, in_head);
     Pair weight = head.weight(), bias = head.bias();
     if (i == begin) wait_for_previous_kernel();
-    const Pair x = head.load(row);
+    const Pair x = head.load(row, mine);
     Float8 low = unpack(x.low), high = unpack(x.high);
     head.add_bias(low, high, bias);
     if (has_norm(args)) {
@@ -124,7 +125,7 @@ SGL_DEVICE void qk_norm_rope_plain(const RopeArgs& args) {
       for (int mask = 4; mask < kLanes; mask *= 2) squares += shuffle_xor(squares, mask);
       head.normalise(low, high, squares, weight);
     }
-    head.finish(low, high, turn, row, loc);
+    head.finish(low, high, turn, row, loc, mine);
   }
 }
 
@@ -134,12 +135,6 @@ template <int kHeadDim, class Strip, int kSteps, bool kMany>
 struct QkNormRope {
   static constexpr int kRows = Strip::kRows;
   static constexpr int kWarps = kHeadDim / (2 * Strip::kColumns);  // of a head
-  struct Inputs {
-    StripRows<Strip> strip;
-    Pair x[kRows];
-    UStrip<Strip, kSteps> u;
-  };
-
   const RopeArgs& args;
   const Rows& rows;
   const Head<kHeadDim> head;
@@ -149,7 +144,7 @@ struct QkNormRope {
       : args(args_), rows(rows_), head(args_, block_x() * args_.block_heads + warp_id() / kWarps, in_head()), buffer(false) {}
 
   __device__ __forceinline__ void run() {
-    const Module module = module_of(args.delta, head.exists ? rows.slot : -1, rows.rank, head.slice);
+    const Module module = module_of(args.delta, rows.slot, rows.rank, head.slice);
     BStrip<Strip, kSteps> low_b, high_b;
     if (module.b != nullptr) {
       const int first = head.index * kHeadDim + in_head() - Strip::column();
@@ -162,27 +157,29 @@ struct QkNormRope {
     Turn turn[kRows];
     load_turns(first_rows, loc, turn);
     wait_for_previous_kernel();
-    Inputs next = load(first_rows, module);
-    int begin = 0;
-    do {
-      const Inputs in = next;
-      if (kMany && begin > 0) {  // again, for what would otherwise be held takes registers from what is on its way
-        load_turns(in.strip, loc, turn);
+    SGL_NO_UNROLL
+    for (int begin = 0; begin < rows.count; begin += Strip::kTokens) {
+      const StripRows<Strip> strip = begin == 0 ? first_rows : StripRows<Strip>(rows, begin);
+      Pair x[kRows];
+      SGL_UNROLL
+      for (int i = 0; i < kRows; ++i) x[i] = head.load(strip.row[i], strip.mine[i]);
+      if (kMany && begin > 0) {  // held from strip to strip, these would take the registers of more warps
+        load_turns(strip, loc, turn);
         weight = head.weight(), bias = head.bias();
       }
-      begin += Strip::kTokens;
-      if (kMany && begin < rows.count) next = load(StripRows<Strip>(rows, begin), module);
       Strip low_term = {}, high_term = {};
       if (module.b != nullptr) {
-        low_term = multiply(module, low_b, in.u);
-        high_term = multiply(module, high_b, in.u);
+        UStrip<Strip, kSteps> u;
+        u.fetch(module, strip.row);
+        low_term = multiply(module, low_b, u);
+        high_term = multiply(module, high_b, u);
       }
       Float8 low[kRows], high[kRows];
       float squares[kRows];
       SGL_UNROLL
       for (int i = 0; i < kRows; ++i) {
-        low[i] = unpack(in.x[i].low);
-        high[i] = unpack(in.x[i].high);
+        low[i] = unpack(x[i].low);
+        high[i] = unpack(x[i].high);
         head.add_bias(low[i], high[i], bias);
         add_term(low[i], module, low_term, i);
         add_term(high[i], module, high_term, i);
@@ -192,20 +189,13 @@ struct QkNormRope {
       SGL_UNROLL
       for (int i = 0; i < kRows; ++i) {
         head.normalise(low[i], high[i], squares[i], weight);
-        head.finish(low[i], high[i], turn[i], in.strip.row[i], loc[i]);
+        head.finish(low[i], high[i], turn[i], strip.row[i], loc[i], strip.mine[i]);
       }
-    } while (kMany && begin < rows.count);
+    }
   }
 
  private:
   SGL_DEVICE int in_head() { return warp_id() % kWarps * Strip::kColumns + Strip::column(); }
-  __device__ __forceinline__ Inputs load(const StripRows<Strip>& strip, const Module& module) const {
-    Inputs in = {strip, {}, {}};
-    SGL_UNROLL
-    for (int i = 0; i < kRows; ++i) in.x[i] = head.load(strip.row[i]);
-    if (module.b != nullptr) in.u.fetch(module, strip.row);
-    return in;
-  }
   __device__ __forceinline__ void load_turns(const StripRows<Strip>& strip, int64_t (&loc)[kRows], Turn (&turn)[kRows]) const {
     SGL_UNROLL
     for (int i = 0; i < kRows; ++i) {

@@ -42,14 +42,20 @@ SGL_DEVICE Rows rows_of_piece(const LoraBatch& batch, int size, int bits) {
   return piece_of(rows_of_tile(batch, tile), block_y() - (tile << bits), size);
 }
 
-// This lane's rows of a strip.
+// This lane's rows of a strip of a tile. Beyond the last one it is the last one again, so that loads of what is not written
+// need not ask.
 template <class Strip>
 struct StripRows {
   int row[Strip::kRows];
+  bool mine[Strip::kRows];
 
   __device__ __forceinline__ StripRows(const Rows& rows, int begin) {
     SGL_UNROLL
-    for (int i = 0; i < Strip::kRows; ++i) row[i] = row_of(rows, begin + Strip::row(i));
+    for (int i = 0; i < Strip::kRows; ++i) {
+      const int index = begin + Strip::row(i);
+      mine[i] = index < rows.count;
+      row[i] = rows.perm[rows.first + (mine[i] ? index : rows.count - 1)];
+    }
   }
 };
 

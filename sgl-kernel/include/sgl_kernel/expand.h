@@ -30,57 +30,52 @@ SGL_DEVICE Module module_of(const LoraDelta& delta, int slot, int rank, int slic
   return {b_of(delta.site, slot, slice), u, delta.u_stride, own.rank, b_stride(rank), own.scale};
 }
 
-// Four elements from `k` on of one column's row of B; beyond the adapter's rank there are zeros up to the stride.
-SGL_DEVICE Vec4 load_b(const Module& module, int column, bool exists, int k) {
-  if (!exists || k >= module.b_stride) return Vec4{};
-  return load_vec4(module.b + column * module.b_stride + k);
-}
-// Four elements of a row of u (negative: of none), with zeros from the module's rank on.
-SGL_DEVICE Vec4 load_u(const Module& module, int row, int k) {
-  const int left = module.rank - k;
-  if (row < 0 || left <= 0) return Vec4{};
-  Vec4 u = load_vec4(module.u + row * module.u_stride + k);
-  if (left < 4) {
-    u.w[0] &= left == 1 ? 0xffffu : ~0u;
-    u.w[1] &= left == 3 ? 0xffffu : 0u;
-  }
-  return u;
-}
-
-// B of 32 columns of a slice, from `first` on, of which `columns` exist: the first 16 kSteps ranks.
+// B of 32 columns of a slice, from `first` on, of which `columns` exist: the first 16 kSteps ranks. What is not there is
+// replaced by what is, which costs less than asking: those columns are nobody's, and those ranks meet zeros of u.
 template <class Strip, int kSteps>
 struct BStrip {
-  int first, columns;
+  int first, last;
   Vec4 held[kSteps][Strip::kParts];
 
-  __device__ __forceinline__ void fetch(const Module& module, int first_, int columns_) {
+  __device__ __forceinline__ void fetch(const Module& module, int first_, int columns) {
     first = first_;
-    columns = columns_;
+    last = columns - 1;
     SGL_UNROLL
-    for (int step = 0; step < kSteps; ++step) load(held[step], module, 16 * step);
+    for (int step = 0; step < kSteps; ++step) load(held[step], module, 16 * step + Strip::k());
   }
   __device__ __forceinline__ void load(Vec4 (&parts)[Strip::kParts], const Module& module, int k) const {
+    const bf16* b = module.b + (k < module.b_stride ? k : 0);
     SGL_UNROLL
-    for (int j = 0; j < Strip::kParts; ++j)
-      parts[j] = load_b(module, first + Strip::part(j), Strip::part(j) < columns, k + Strip::k());
+    for (int j = 0; j < Strip::kParts; ++j) {
+      const int column = Strip::part(j) < last ? Strip::part(j) : last;
+      parts[j] = load_vec4(b + (first + column) * module.b_stride);
+    }
   }
 };
 
-// u of this lane's rows, the same ranks.
+// u of this lane's rows, the same ranks: zeros from the module's rank on.
 template <class Strip, int kSteps>
 struct UStrip {
-  int row[Strip::kRows];
+  const bf16* row[Strip::kRows];
   Vec4 held[kSteps][Strip::kRows];
 
-  __device__ __forceinline__ void fetch(const Module& module, const int (&row_)[Strip::kRows]) {
+  __device__ __forceinline__ void fetch(const Module& module, const int (&rows)[Strip::kRows]) {
     SGL_UNROLL
-    for (int i = 0; i < Strip::kRows; ++i) row[i] = row_[i];
+    for (int i = 0; i < Strip::kRows; ++i) row[i] = module.u + rows[i] * module.u_stride;
     SGL_UNROLL
-    for (int step = 0; step < kSteps; ++step) load(held[step], module, 16 * step);
+    for (int step = 0; step < kSteps; ++step) load(held[step], module, 16 * step + Strip::k());
   }
   __device__ __forceinline__ void load(Vec4 (&rows)[Strip::kRows], const Module& module, int k) const {
+    const int left = module.rank - k;
     SGL_UNROLL
-    for (int i = 0; i < Strip::kRows; ++i) rows[i] = load_u(module, row[i], k + Strip::k());
+    for (int i = 0; i < Strip::kRows; ++i) rows[i] = load_vec4(row[i] + (left > 0 ? k : 0));
+    if (left >= 4) return;
+    const uint32_t low = left <= 0 ? 0u : left == 1 ? 0xffffu : ~0u, high = left == 3 ? 0xffffu : 0u;
+    SGL_UNROLL
+    for (int i = 0; i < Strip::kRows; ++i) {
+      rows[i].w[0] &= low;
+      rows[i].w[1] &= high;
+    }
   }
 };
 
@@ -96,8 +91,8 @@ SGL_DEVICE Strip multiply(const Module& module, const BStrip<Strip, kSteps>& b, 
     SGL_NO_UNROLL
     for (int k = 16 * kSteps; k < module.rank; k += 16) {
       Vec4 rows[Strip::kRows], parts[Strip::kParts];
-      u.load(rows, module, k);
-      b.load(parts, module, k);
+      u.load(rows, module, k + Strip::k());
+      b.load(parts, module, k + Strip::k());
       mma(sum, rows, parts);
     }
   }
