@@ -37,6 +37,25 @@ def test_e15_base_rows_keep_every_bit(tmp_path: Path) -> None:
     assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(base_tables(0), base_tables(1), strict=True))
 
 
+def test_rows_have_the_bytes_of_the_hosts_slabs(tmp_path: Path) -> None:
+    """After versions have taken turns in two slots; the host's copies are page-locked."""
+    peft = PeftModels(make_checkpoint("qwen3", tmp_path), tmp_path)
+    bench = RealBench(tmp_path, lora_slots=2, device="cuda", dtype="bfloat16", mem_fraction_static=0.2)
+    lora = bench.engine.lora
+    assert lora is not None and lora._slots is not None
+    for version, options in enumerate([{}, {"r": 4}, {"target_modules": ["q_proj"]}, {"r": 16}], start=1):
+        bench.stage(version, peft.add(**options)[1])
+        bench.submit(version, prompt(9, version), 3 + version, score_prompt=False, version_id=version)
+        bench.step(version % 2)
+    bench.run()
+    held = lora._slots.versions
+    assert held == tuple(bench.planner.lora_slots.versions) and bench.planner.lora_slots.num_evictions >= 2
+    for row, version in enumerate(held):
+        slab = lora._host[version].slab
+        assert slab.data.is_pinned() and torch.equal(lora._slots.slabs.data[row].cpu(), slab.data)
+        assert lora._slots.slabs.ranks[row] == slab.rank
+
+
 def test_d8_device_memory_stays_flat(tmp_path: Path) -> None:
     peft = PeftModels(make_checkpoint("llama", tmp_path), tmp_path)
     _, adapter = peft.add()

@@ -60,8 +60,9 @@ class Mutant:
 
 WAIT = " wait_for_previous_kernel()"
 STEPS = "for (int step = 0; step < kSteps; ++step)"
-INPUTS = "    Inputs next = load("
 WAITS = "    wait_for_previous_kernel();\n"
+INPUTS = "    Inputs next = load("
+HELD = f"{STEPS} load(held[step], module, 16 * step + Strip::k());"
 UNITS_LOOP = "for (int unit = first; work.exists(unit); unit = work.next(unit)) {"
 SUMS = "Accumulator even = {}, odd = {};"
 NO_TILE = f"tile.slot < 0) return{WAIT};\n"
@@ -356,39 +357,41 @@ TILE_MUTANTS = {
 
 EXPAND_MUTANTS = {
     "does not wait for the previous kernel": Mutant(
-        EXPAND, "  wait_for_previous_kernel();\n  if (mod", "  if (mod", EARLY, VENDORS
+        EXPAND, "  wait_for_previous_kernel();\n  SGL_NO_UNROLL", "  SGL_NO_UNROLL", EARLY, VENDORS
     ),
     "a block that has no rows does not wait": Mutant(
         EXPAND, f"rows.slot < 0) return{WAIT};", "rows.slot < 0) return;", NEVER, HIP
     ),
     "a block that has no module does not wait": Mutant(
-        EXPAND,
-        "  wait_for_previous_kernel();\n  if (module.rank == 0) return;",
-        "  if (module.rank == 0) return;\n  wait_for_previous_kernel();",
-        NEVER,
+        EXPAND, f"module.rank == 0) return{WAIT};", "module.rank == 0) return;", NEVER
     ),
     "a product by some lanes": Mutant(
         STRIP, "if (16 * step < module.rank) mma", "if (16 * step < module.rank && lane_id() < 8) mma", STUCK, VENDORS
     ),
-    "wrong columns of B": Mutant(STRIP, "first + Strip::part(j), ", "first + Strip::part(j ^ 1), ", NUMBERS, VENDORS),
+    "wrong columns of B": Mutant(STRIP, "Strip::part(j) : last;", "Strip::part(j ^ 1) : last;", NUMBERS, VENDORS),
     "ranks of B in another order than those of u": Mutant(
-        STRIP, "< columns, k + Strip::k())", "< columns, k + (Strip::k() ^ 4))", NUMBERS, VENDORS
+        STRIP,
+        f"columns - 1;\n    SGL_UNROLL\n    {HELD}",
+        f"columns - 1;\n    {HELD.replace('k()', 'k() % 4')}",
+        NUMBERS,
+        VENDORS,
     ),
     "all lanes bring the first ranks of u": Mutant(
-        STRIP, "load_u(module, row[i], k + Strip::k())", "load_u(module, row[i], k)", NUMBERS
+        STRIP, f"u_stride;\n    SGL_UNROLL\n    {HELD}", f"u_stride;\n    {HELD.replace('k()', 'k() % 4')}", NUMBERS
     ),
-    "no mask of columns": Mutant(STRIP, "Strip::part(j) < columns", "true", OUTSIDE, VENDORS),
-    "no mask of ranks of B": Mutant(
-        STRIP, "if (!exists || k >= module.b_stride)", "if (!exists)", f"{NUMBERS}|{OUTSIDE}", VENDORS
+    "no mask of columns": Mutant(
+        STRIP, "Strip::part(j) < last ? Strip::part(j) : last;", "Strip::part(j);", OUTSIDE, VENDORS
     ),
+    "no mask of ranks of B": Mutant(STRIP, "(k < module.b_stride ? k : 0)", "k", f"{NUMBERS}|{OUTSIDE}", VENDORS),
     "no mask of ranks of u": Mutant(STRIP, "module.rank - k;", "module.b_stride - k;", NUMBERS, VENDORS),
+    "no mask of ranks beyond all of u": Mutant(STRIP, "left <= 0 ? 0u : left == 1", "left == 1", NUMBERS, VENDORS),
     "no mask of the second of four ranks": Mutant(STRIP, "left == 1 ? 0xffffu : ~0u", "~0u", NUMBERS),
     "no mask of the last two of four ranks": Mutant(STRIP, "left == 3 ? 0xffffu : 0u", "~0u", NUMBERS),
-    "no mask of token rows": Mutant(STRIP, "if (row < 0 || left <= 0)", "if (left <= 0)", OUTSIDE, VENDORS),
+    "no mask of token rows": Mutant(ROWS, "(mine[i] ? index : rows.count - 1)", "index", OUTSIDE, VENDORS),
     "the first held ranks of B in every step": Mutant(
         STRIP,
-        f"columns = columns_;\n    SGL_UNROLL\n    {STEPS} load(held[step], module, 16 * step);",
-        f"columns = columns_;\n    {STEPS} load(held[step], module, 0);",
+        f"columns - 1;\n    SGL_UNROLL\n    {HELD}",
+        f"columns - 1;\n    {HELD.replace('16 * step + ', '')}",
         NUMBERS,
     ),
     "held ranks alone": Mutant(STRIP, "k = 16 * kSteps; k < module.rank", "k = 16 * kSteps; k < 0", NUMBERS, VENDORS),
@@ -397,7 +400,9 @@ EXPAND_MUTANTS = {
     "a step of the rank too few": Mutant(
         STRIP, "if (16 * step < module.rank)", "if (16 * step + 16 <= module.rank)", NUMBERS, HIP
     ),
-    "the held u on demand": Mutant(STRIP, "u.load(rows, module, k);", "u.load(rows, module, 0);", NUMBERS),
+    "the held u on demand": Mutant(
+        STRIP, "u.load(rows, module, k + Strip::k());", "u.load(rows, module, Strip::k());", NUMBERS
+    ),
     "no scale": Mutant(STRIP, "multiply_add(module.scale,", "multiply_add(1.f,", NUMBERS),
     "B as far apart as the module's ranks": Mutant(
         STRIP, "b_stride(rank), own.scale", "b_stride(own.rank), own.scale", NUMBERS, VENDORS
@@ -419,17 +424,20 @@ EXPAND_MUTANTS = {
     "strips counted from the first slice on": Mutant(EXPAND, "    index -= blocks;\n", "", f"{NUMBERS}|{OUTSIDE}"),
     "warps share their columns": Mutant(EXPAND, "(index * kExpandWarps + warp_id())", "(index * kExpandWarps)", "race"),
     "adds to columns of the next slice": Mutant(
-        EXPAND,
-        "const bool mine = first + Strip::column() < width;",
-        "const bool mine = true;",
-        f"race|{OUTSIDE}|{NUMBERS}",
+        EXPAND, "return strip.mine[i] && Strip::column() < left;", "return strip.mine[i];", f"race|{OUTSIDE}|{NUMBERS}"
     ),
     "adds to the first rows of a tile again and again": Mutant(
         EXPAND, "strip(rows, begin);", "strip(rows, 0);", NUMBERS, VENDORS
     ),
-    "adds to rows of other tiles": Mutant(ROWS, "if (i >= rows.count) return -1;", "", f"race|{OUTSIDE}", VENDORS),
+    "adds to rows of other tiles": Mutant(
+        ROWS,
+        "mine[i] = index < rows.count;\n      row[i] = rows.perm[rows.first + (mine[i] ? index : rows.count - 1)];",
+        "mine[i] = true;\n      row[i] = rows.perm[rows.first + index];",
+        "race|reads",
+        VENDORS,
+    ),
     "adds to rows that are nobody's": Mutant(
-        EXPAND, "if (mine && strip.row[i] >= 0) store_vec", "if (mine) store_vec", OUTSIDE
+        EXPAND, "return strip.mine[i] && Strip::column() < left;", "return Strip::column() < left;", f"race|{NUMBERS}"
     ),
 }
 
@@ -447,7 +455,7 @@ NORM_MUTANTS = {
         NORM, "if (cluster_size() > 1) cluster_started();", "", "may not have started"
     ),
     "does not wait for the weight": Mutant(NORM, "async_wait<0>();", "", ON_ITS_WAY),
-    "does not wait for the previous kernel": Mutant(NORM, WAITS, "", EARLY, VENDORS),
+    "does not wait for the previous kernel": Mutant(NORM, "    wait_for_previous_kernel();\n", "", EARLY, VENDORS),
     "a block that has no rows does not wait": Mutant(NORM, f"return{WAIT};", "return;", NEVER, VENDORS),
     "every block pushes to where the first one's sums are": Mutant(
         NORM, "(first / kNormPart + lanes.part(turn))", "lanes.part(turn)", RACE
@@ -537,12 +545,16 @@ NORM_MUTANTS = {
     "squares of sums that are not rounded": Mutant(
         NORM, "add_squares(0.f, unpack(rounded))", "add_squares(0.f, sum)", NUMBERS, HIP
     ),
+    "squares of columns behind the row": Mutant(
+        NORM, "column(turn) < columns ? add_squares", "true ? add_squares", NUMBERS, VENDORS
+    ),
+    "u of rows that are not there": Mutant(
+        NORM, "row[i] < 0 ? rows.perm[rows.first] : row[i]", "row[i]", OUTSIDE, VENDORS
+    ),
     "a sum by some lanes": Mutant(
         NORM,
-        "    const float squares = lanes.sum(add_squares(0.f, unpack(rounded)));\n"
-        "    if (row[i] < 0 || lanes.part(turn) * kNormPart >= columns) return;\n",
-        "    if (row[i] < 0 || lanes.part(turn) * kNormPart >= columns) return;\n"
-        "    const float squares = lanes.sum(add_squares(0.f, unpack(rounded)));\n",
+        "    const float squares = lanes.sum(",
+        "    if (row[i] < 0) return;\n    const float squares = lanes.sum(",
         STUCK,
         VENDORS,
     ),
@@ -573,6 +585,8 @@ NORM_MUTANTS = {
     "adds B u to rows of the base model": Mutant(
         STRIP, "  if (slot < 0) return", "  if (false) return", OUTSIDE, VENDORS
     ),
+    "rows beyond the tile": Mutant(ROWS, "if (i >= rows.count) return -1;", "", f"race|{OUTSIDE}", VENDORS),
+    "forgets where a tile starts": Mutant(ROWS, "rows.perm[rows.first + i]", "rows.perm[i]", f"race|{NUMBERS}"),
     "pieces as long as what is left": Mutant(
         ROWS, "rows.count = left < size ? left : size;", "rows.count = left;", RACE
     ),
@@ -582,7 +596,7 @@ NORM_MUTANTS = {
 }
 
 ACTIVATION_MUTANTS = {
-    "does not wait for the previous kernel": Mutant(ACTIVATION, WAITS + INPUTS, INPUTS, EARLY, VENDORS),
+    "does not wait for the previous kernel": Mutant(ACTIVATION, f"{WAITS}{INPUTS}", INPUTS, EARLY, VENDORS),
     "plain: does not wait for the previous kernel": Mutant(
         ACTIVATION, "  let_next_kernel_start();\n  wait_for_previous_kernel();\n", "", EARLY, HIP
     ),
@@ -594,31 +608,44 @@ ACTIVATION_MUTANTS = {
     ),
     "a block that has no rows does not wait": Mutant(ACTIVATION, f"return{WAIT};", "return;", NEVER, VENDORS),
     "gate for up": Mutant(ACTIVATION, "silu_times(gate_sum, up_sum)", "silu_times(up_sum, gate_sum)", NUMBERS),
-    "u of gate for up": Mutant(ACTIVATION, "in.up_u.fetch(up,", "in.up_u.fetch(gate,", NUMBERS),
+    "u of gate for up": Mutant(ACTIVATION, "up_u.fetch(up,", "up_u.fetch(gate,", NUMBERS),
     "B of gate for up": Mutant(ACTIVATION, "up_b.fetch(up,", "up_b.fetch(gate,", NUMBERS, HIP),
     "term of gate for up": Mutant(ACTIVATION, "up, up_term, i)", "up, gate_term, i)", NUMBERS),
-    "keeps the rows of the strip before": Mutant(
-        ACTIVATION, "StripRows<Strip>(rows, begin)", "StripRows<Strip>(rows, 0)", f"{NUMBERS}|race", HIP
+    "keeps the inputs of the strip before": Mutant(ACTIVATION, "        next = load(next_strip);\n", "", NUMBERS),
+    "u of the next strip": Mutant(
+        ACTIVATION, "up_u.fetch(up, strip.row);", "up_u.fetch(up, next_strip.row);", NUMBERS, VENDORS
     ),
-    "reads x too early": Mutant(
-        ACTIVATION, f"{WAITS}{INPUTS}first_rows, gate, up);\n", f"{INPUTS}first_rows, gate, up);\n{WAITS}", EARLY
+    "reads x too early": Mutant(ACTIVATION, f"{WAITS}{INPUTS}next_strip);\n", f"{INPUTS}next_strip);\n{WAITS}", EARLY),
+    "keeps the rows of the strip before": Mutant(
+        ACTIVATION, "        next_strip = StripRows<Strip>(rows, begin);\n", "", f"race|{NUMBERS}", HIP
     ),
     "reads gate for up": Mutant(ACTIVATION, "in.up[i] = load_vec(x + args.inner);", "in.up[i] = load_vec(x);", NUMBERS),
     "module of gate for up": Mutant(
         ACTIVATION, "rows.slot, rows.rank, 1)", "rows.slot, rows.rank, 0)", NUMBERS, VENDORS
     ),
     "no mask of columns of B": Mutant(
-        ACTIVATION, "up, first, args.inner - first)", "up, first, Strip::kColumns)", OUTSIDE, VENDORS
+        ACTIVATION, "up_b.fetch(up, first, left);", "up_b.fetch(up, first, Strip::kColumns);", OUTSIDE, VENDORS
+    ),
+    "reads columns behind the last": Mutant(
+        ACTIVATION,
+        "(Strip::column() < left ? Strip::column() : left - 8)",
+        "Strip::column()",
+        f"{OUTSIDE}|{NUMBERS}",
+        VENDORS,
     ),
     "no mask of columns": Mutant(
         ACTIVATION,
-        "return row >= 0 && column() < args.inner;",
-        "return row >= 0;",
+        "if (strip.mine[i] && Strip::column() < left)",
+        "if (strip.mine[i])",
         f"{OUTSIDE}|race|{NUMBERS}",
         VENDORS,
     ),
     "rows beyond the tile": Mutant(
-        ACTIVATION, "return row >= 0 && column() < args.inner;", "return column() < args.inner;", OUTSIDE, VENDORS
+        ACTIVATION,
+        "if (strip.mine[i] && Strip::column() < left)",
+        "if (Strip::column() < left)",
+        f"race|{OUTSIDE}",
+        VENDORS,
     ),
     "warps share their columns": Mutant(
         ACTIVATION, "(block_x() * kActivationWarps + warp_id()) * S", "(block_x() * kActivationWarps) * S", "race"
@@ -646,10 +673,10 @@ ACTIVATION_MUTANTS = {
         ROWS, "const int left = rows.count - piece * size;", "const int left = rows.count;", f"race|{OUTSIDE}"
     ),
     "forgets where a tile starts": Mutant(
-        ROWS, "rows.perm[rows.first + i]", "rows.perm[i]", f"race|{NUMBERS}", VENDORS
+        ROWS, "rows.perm[rows.first + (mine[i]", "rows.perm[(mine[i]", f"race|{NUMBERS}", VENDORS
     ),
     "every strip is a tile's first": Mutant(
-        ROWS, "row_of(rows, begin + Strip::row(i))", "row_of(rows, Strip::row(i))", NUMBERS, VENDORS
+        ROWS, "index = begin + Strip::row(i);", "index = Strip::row(i);", f"race|{NUMBERS}", VENDORS
     ),
 }
 
@@ -668,7 +695,8 @@ ROPE_MUTANTS = {
     "sums of the first head": Mutant(ROPE, "sums + warp_id() / kWarps * kWarps * 16;", "sums;", NUMBERS, VENDORS),
     "squares of one warp": Mutant(ROPE, " + own[(other + 1) * 16 + Strip::row(i)]", "", NUMBERS),
     "squares of the first row": Mutant(ROPE, "own[other * 16 + Strip::row(i)]", "own[other * 16]", NUMBERS),
-    "does not wait for the previous kernel": Mutant(ROPE, WAITS + INPUTS, INPUTS, EARLY, VENDORS),
+    "does not wait for the previous kernel": Mutant(ROPE, f"{WAITS}{INPUTS}", INPUTS, EARLY, VENDORS),
+    "reads qkv too early": Mutant(ROPE, f"{WAITS}{INPUTS}next_strip);\n", f"{INPUTS}next_strip);\n{WAITS}", EARLY),
     "plain: does not wait for the previous kernel": Mutant(
         ROPE, "    if (i == begin) wait_for_previous_kernel();\n", "", EARLY
     ),
@@ -711,19 +739,22 @@ ROPE_MUTANTS = {
     "copies q": Mutant(ROPE, "if (slice == 0 || args.k_pool", "if (args.k_pool", f"race|{NUMBERS}|{OUTSIDE}"),
     "bias of another column": Mutant(ROPE, "load_pair(args.bias + column)", "load_pair(args.bias + in_head)", NUMBERS),
     "bias after the term's squares": Mutant(ROPE, "head.add_bias(low[i], high[i], bias);", "", NUMBERS, HIP),
-    "a head that is not there": Mutant(ROPE, "exists = head < q + 2 * kv;", "exists = true;", OUTSIDE, VENDORS),
+    "a head that is not there": Mutant(ROPE, "exists ? index_ : heads - 1;", "index_;", OUTSIDE, VENDORS),
+    "the last head twice": Mutant(ROPE, "if (!mine || !exists) return;", "if (!mine) return;", "race", VENDORS),
     "rows beyond the tile": Mutant(
-        ROPE, "if (row < 0 || !exists) return;", "if (!exists) return;", f"{OUTSIDE}|race", VENDORS
+        ROPE, "if (!mine || !exists) return;", "if (!exists) return;", f"{OUTSIDE}|race", VENDORS
     ),
     "the first rows of a tile alone": Mutant(ROPE, "while (kMany && begin < rows.count)", "while (false)", NUMBERS),
-    "keeps the rows of the strip before": Mutant(
-        ROPE, "StripRows<Strip>(rows, begin)", "StripRows<Strip>(rows, 0)", f"{NUMBERS}|race", HIP
-    ),
+    "keeps the inputs of the strip before": Mutant(ROPE, "        next = load(next_strip);\n", "", f"race|{NUMBERS}"),
+    "u of the next strip": Mutant(ROPE, "u.fetch(module, strip.row);", "u.fetch(module, next_strip.row);", NUMBERS),
     "angles of the first rows in every strip": Mutant(
-        ROPE, "if (kMany && begin > 0) load_turns", "if (false) load_turns", f"{NUMBERS}|race", VENDORS
+        ROPE, "kMany ? head.turn(row) : turn[i]", "head.turn(rows.perm[rows.first])", NUMBERS, VENDORS
     ),
-    "reads qkv too early": Mutant(
-        ROPE, f"{WAITS}{INPUTS}first_rows, module);\n", f"{INPUTS}first_rows, module);\n{WAITS}", EARLY
+    "places of the first row": Mutant(
+        ROPE, "kMany ? head.loc(row) : loc[i]", "head.loc(rows.perm[rows.first])", f"race|{NUMBERS}"
+    ),
+    "keeps the rows of the strip before": Mutant(
+        ROPE, "        next_strip = StripRows<Strip>(rows, begin);\n", "", f"race|{NUMBERS}", HIP
     ),
     "heads take the same columns": Mutant(
         ROPE, "block_x() * args_.block_heads + warp_id() / kWarps", "block_x() * args_.block_heads", f"race|{STUCK}"

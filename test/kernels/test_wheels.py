@@ -108,7 +108,7 @@ a, b = np.ones((3, 16), np.float32), np.ones((8, 3), np.float32)
 slab = np.zeros(layout.slab_bytes, np.uint8)
 pack_slab(layout, [LoraModule(1, "o", 0, 0.5, a, b)], slab)
 modules = list(unpack_slab(layout, slab))
-words = build_batch(np.array([0, -1], np.int32), BatchShape(4, 2, 16))
+words = build_batch(np.array([0, -1], np.int32), np.array([3, 0], np.int32), BatchShape(4, 2, 16))
 try:
     import torch
 except ImportError:

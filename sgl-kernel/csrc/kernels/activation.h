@@ -35,58 +35,81 @@ SGL_DEVICE void silu_and_mul_plain(const ActivationArgs& args) {
       store_vec(args.out + (first + i) * args.out_stride + column, silu_times(unpack(gate[i]), unpack(up[i])));
 }
 
-// With one: a warp has 32 columns of gate and the same of up, and walks over the rows of a tile.
-template <class Strip, int kSteps>
-SGL_DEVICE void silu_and_mul_strip(const ActivationArgs& args, const Rows& rows, int first) {
-  const int left = args.inner - first;
-  if (left <= 0) return wait_for_previous_kernel();
-  const Module gate = module_of(args.delta, rows.slot, rows.rank, 0);
-  const Module up = module_of(args.delta, rows.slot, rows.rank, 1);
-  BStrip<Strip, kSteps> gate_b, up_b;
-  if (rows.slot >= 0) {
-    gate_b.fetch(gate, first, left);
-    up_b.fetch(up, first, left);
-  }
-  // Lanes beyond the last column compute the last ones again.
-  const int column = first + (Strip::column() < left ? Strip::column() : left - 8);
-  const StripRows<Strip> first_rows(rows, 0);
-  wait_for_previous_kernel();
-  SGL_NO_UNROLL
-  for (int begin = 0; begin < rows.count; begin += Strip::kTokens) {
-    const StripRows<Strip> strip = begin == 0 ? first_rows : StripRows<Strip>(rows, begin);
-    Vec8 x[2][Strip::kRows];
-    SGL_UNROLL
-    for (int i = 0; i < Strip::kRows; ++i) {
-      const bf16* place = args.x + strip.row[i] * args.x_stride + column;
-      x[0][i] = load_vec(place);
-      x[1][i] = load_vec(place + args.inner);
-    }
-    Strip gate_term = {}, up_term = {};
+// With one: a warp has 32 columns of gate and the same of up. With kMany it walks over the rows of a tile, those of the
+// next strip being on their way.
+template <class Strip, int kSteps, bool kMany>
+struct SiluAndMul {
+  static constexpr int kRows = Strip::kRows;
+  struct Inputs {
+    Vec8 gate[kRows], up[kRows];
+  };
+
+  const ActivationArgs& args;
+  const Rows& rows;
+  int first, left;  // column of the warp; how many there are from it on
+
+  __device__ __forceinline__ void run() const {
+    const Module gate = module_of(args.delta, rows.slot, rows.rank, 0);
+    const Module up = module_of(args.delta, rows.slot, rows.rank, 1);
+    BStrip<Strip, kSteps> gate_b, up_b;
     if (rows.slot >= 0) {
-      UStrip<Strip, kSteps> gate_u, up_u;
-      gate_u.fetch(gate, strip.row);
-      up_u.fetch(up, strip.row);
-      gate_term = multiply(gate, gate_b, gate_u);
-      up_term = multiply(up, up_b, up_u);
+      gate_b.fetch(gate, first, left);
+      up_b.fetch(up, first, left);
     }
-    SGL_UNROLL
-    for (int i = 0; i < Strip::kRows; ++i) {
-      Float8 gate_sum = unpack(x[0][i]), up_sum = unpack(x[1][i]);
-      add_term(gate_sum, gate, gate_term, i);
-      add_term(up_sum, up, up_term, i);
-      const Vec8 out = silu_times(gate_sum, up_sum);
-      if (strip.mine[i] && Strip::column() < left) store_vec(args.out + strip.row[i] * args.out_stride + column, out);
-    }
+    StripRows<Strip> next_strip(rows, 0);
+    wait_for_previous_kernel();
+    Inputs next = load(next_strip);
+    int begin = 0;
+    do {
+      const StripRows<Strip> strip = next_strip;
+      const Inputs in = next;
+      begin += Strip::kTokens;
+      if (kMany && begin < rows.count) {
+        next_strip = StripRows<Strip>(rows, begin);
+        next = load(next_strip);
+      }
+      Strip gate_term = {}, up_term = {};
+      if (rows.slot >= 0) {
+        UStrip<Strip, kSteps> gate_u, up_u;
+        gate_u.fetch(gate, strip.row);
+        up_u.fetch(up, strip.row);
+        gate_term = multiply(gate, gate_b, gate_u);
+        up_term = multiply(up, up_b, up_u);
+      }
+      SGL_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        Float8 gate_sum = unpack(in.gate[i]), up_sum = unpack(in.up[i]);
+        add_term(gate_sum, gate, gate_term, i);
+        add_term(up_sum, up, up_term, i);
+        const Vec8 out = silu_times(gate_sum, up_sum);
+        if (strip.mine[i] && Strip::column() < left) store_vec(args.out + strip.row[i] * args.out_stride + column(), out);
+      }
+    } while (kMany && begin < rows.count);
   }
-}
+
+ private:
+  // Lanes beyond the last column compute the last ones again.
+  __device__ __forceinline__ int column() const { return first + (Strip::column() < left ? Strip::column() : left - 8); }
+  __device__ __forceinline__ Inputs load(const StripRows<Strip>& strip) const {
+    Inputs in;
+    SGL_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const bf16* x = args.x + strip.row[i] * args.x_stride + column();
+      in.gate[i] = load_vec(x);
+      in.up[i] = load_vec(x + args.inner);
+    }
+    return in;
+  }
+};
 
 // Grid: x = blocks of strips; y = pieces of the batch's tiles.
-template <class Strip, int kSteps>
+template <class Strip, int kSteps, bool kMany>
 SGL_DEVICE void silu_and_mul(const ActivationArgs& args) {
   let_next_kernel_start();
   const Rows rows = rows_of_piece(args.delta.batch, args.block_tokens, args.piece_bits);
-  if (rows.count <= 0) return wait_for_previous_kernel();
-  silu_and_mul_strip<Strip, kSteps>(args, rows, (block_x() * kActivationWarps + warp_id()) * Strip::kColumns);
+  const int first = (block_x() * kActivationWarps + warp_id()) * Strip::kColumns, left = args.inner - first;
+  if (rows.count <= 0 || left <= 0) return wait_for_previous_kernel();
+  SiluAndMul<Strip, kSteps, kMany>{args, rows, first, left}.run();
 }
 
 }  // namespace sgl

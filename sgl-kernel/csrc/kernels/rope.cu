@@ -6,7 +6,7 @@
   static_assert(warps == sgl::rope_head_warps(head_dim) * sgl::rope_block_heads(head_dim, tile, true), "geometry.h"); \
   SGL_KERNEL_OF(warps * sgl::kWarp, blocks)                                                 \
   qk_norm_rope_##head_dim##x##tile##x##rank(SGL_ARGS(sgl::RopeArgs) args) {                 \
-    sgl::qk_norm_rope<head_dim, sgl::Strip<8>, rank / 16, tile == 64>(args);                               \
+    sgl::qk_norm_rope<head_dim, sgl::Strip<tile == 16 ? 8 : 16>, rank / 16, tile == 64>(args);                               \
   }
 #define SGL_ROPE(head_dim, few)                                                               \
   SGL_KERNEL_OF(head_dim, 768 / head_dim) qk_norm_rope_##head_dim(SGL_ARGS(sgl::RopeArgs) args) { \

@@ -112,7 +112,7 @@ SGL_DEVICE void qk_norm_rope_plain(const RopeArgs& args) {
   SGL_NO_UNROLL
   for (int i = begin; i < begin + args.block_heads && i < heads; ++i) {
     const Head<kHeadDim> head(args, i, in_head);
-    Pair weight = head.weight(), bias = head.bias();
+    const Pair weight = head.weight(), bias = head.bias();
     if (i == begin) wait_for_previous_kernel();
     const Pair x = head.load(row, mine);
     Float8 low = unpack(x.low), high = unpack(x.high);
@@ -130,11 +130,14 @@ SGL_DEVICE void qk_norm_rope_plain(const RopeArgs& args) {
 }
 
 // With one: a warp has a strip of the first half of a head and the strip that it turns with. With kMany it walks over the
-// rows of a tile, the next ones being on their way.
+// rows of a tile, those of the next strip being on their way; without, what is static and small is fetched ahead.
 template <int kHeadDim, class Strip, int kSteps, bool kMany>
 struct QkNormRope {
   static constexpr int kRows = Strip::kRows;
   static constexpr int kWarps = kHeadDim / (2 * Strip::kColumns);  // of a head
+  struct Inputs {
+    Pair x[kRows];
+  };
   const RopeArgs& args;
   const Rows& rows;
   const Head<kHeadDim> head;
@@ -151,21 +154,25 @@ struct QkNormRope {
       low_b.fetch(module, first, Strip::kColumns);
       high_b.fetch(module, first + kHeadDim / 2, Strip::kColumns);
     }
-    const StripRows<Strip> first_rows(rows, 0);
-    Pair weight = head.weight(), bias = head.bias();
+    StripRows<Strip> next_strip(rows, 0);
+    Pair weight, bias;
     int64_t loc[kRows];
     Turn turn[kRows];
-    load_turns(first_rows, loc, turn);
-    wait_for_previous_kernel();
-    SGL_NO_UNROLL
-    for (int begin = 0; begin < rows.count; begin += Strip::kTokens) {
-      const StripRows<Strip> strip = begin == 0 ? first_rows : StripRows<Strip>(rows, begin);
-      Pair x[kRows];
+    if (!kMany) {
+      weight = head.weight(), bias = head.bias();
       SGL_UNROLL
-      for (int i = 0; i < kRows; ++i) x[i] = head.load(strip.row[i], strip.mine[i]);
-      if (kMany && begin > 0) {  // held from strip to strip, these would take the registers of more warps
-        load_turns(strip, loc, turn);
-        weight = head.weight(), bias = head.bias();
+      for (int i = 0; i < kRows; ++i) loc[i] = head.loc(next_strip.row[i]), turn[i] = head.turn(next_strip.row[i]);
+    }
+    wait_for_previous_kernel();
+    Inputs next = load(next_strip);
+    int begin = 0;
+    do {
+      const StripRows<Strip> strip = next_strip;
+      const Inputs in = next;
+      begin += Strip::kTokens;
+      if (kMany && begin < rows.count) {
+        next_strip = StripRows<Strip>(rows, begin);
+        next = load(next_strip);
       }
       Strip low_term = {}, high_term = {};
       if (module.b != nullptr) {
@@ -174,12 +181,13 @@ struct QkNormRope {
         low_term = multiply(module, low_b, u);
         high_term = multiply(module, high_b, u);
       }
+      if (kMany) weight = head.weight(), bias = head.bias();
       Float8 low[kRows], high[kRows];
       float squares[kRows];
       SGL_UNROLL
       for (int i = 0; i < kRows; ++i) {
-        low[i] = unpack(x[i].low);
-        high[i] = unpack(x[i].high);
+        low[i] = unpack(in.x[i].low);
+        high[i] = unpack(in.x[i].high);
         head.add_bias(low[i], high[i], bias);
         add_term(low[i], module, low_term, i);
         add_term(high[i], module, high_term, i);
@@ -188,20 +196,20 @@ struct QkNormRope {
       if (has_norm(args)) add_warps(squares);
       SGL_UNROLL
       for (int i = 0; i < kRows; ++i) {
+        const int row = strip.row[i];
         head.normalise(low[i], high[i], squares[i], weight);
-        head.finish(low[i], high[i], turn[i], strip.row[i], loc[i], strip.mine[i]);
+        head.finish(low[i], high[i], kMany ? head.turn(row) : turn[i], row, kMany ? head.loc(row) : loc[i], strip.mine[i]);
       }
-    }
+    } while (kMany && begin < rows.count);
   }
 
  private:
   SGL_DEVICE int in_head() { return warp_id() % kWarps * Strip::kColumns + Strip::column(); }
-  __device__ __forceinline__ void load_turns(const StripRows<Strip>& strip, int64_t (&loc)[kRows], Turn (&turn)[kRows]) const {
+  __device__ __forceinline__ Inputs load(const StripRows<Strip>& strip) const {
+    Inputs in;
     SGL_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      loc[i] = head.loc(strip.row[i]);
-      turn[i] = head.turn(strip.row[i]);
-    }
+    for (int i = 0; i < kRows; ++i) in.x[i] = head.load(strip.row[i], strip.mine[i]);
+    return in;
   }
 
   // From the squares of a warp's strips those of its head. All warps of a block come here equally often.

@@ -153,6 +153,9 @@ EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction functi
       if (attribute->value.clusterDim.y != 1 || attribute->value.clusterDim.z != 1) return CUDA_ERROR_INVALID_VALUE;
     } else if (attribute->id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION) {
       overlap = attribute->value.programmaticStreamSerializationAllowed;
+    } else if (attribute->id == CU_LAUNCH_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT) {
+      if (attribute->value.sharedMemCarveout > 100) return CUDA_ERROR_INVALID_VALUE;
+      LOG("carveout\", \"percent\": %d}\n", (int)attribute->value.sharedMemCarveout);
     } else {
       return CUDA_ERROR_INVALID_VALUE;
     }
