@@ -4,9 +4,9 @@
 
 A step is, for every layer, qkv, norm of heads + rotation + KV write, o, add + norm, gate_up, SwiGLU, down, add + norm;
 there is no attention. Every layer has its own weights and adapters, so that none is found in the L2 cache. Where the
-product is ours, rows of A are in its tile list; beside cuBLAS they are multiplied by `lora_shrink` on a branch. B is
-added by the kernel that reads the product anyway. `bytes` is the least that adapters add: A and B of live adapters,
-once; `floor` its time.
+product is ours, rows of A are in its tile list; beside cuBLAS, an only adapter's are the last rows of the weight,
+and those of several are multiplied by `lora_shrink` on a branch. B is added by the kernel that reads the product.
+`bytes` is the least that adapters add: A and B of live adapters, once; `floor` its time.
 """
 
 from __future__ import annotations
@@ -33,8 +33,6 @@ BANDWIDTH = 4.3e12
 HEAD_DIM = 128
 MAX_OURS = 16
 """Token rows up to which our product is faster than cuBLAS."""
-MANY = 512
-"""Token rows from which the rows of A of an only adapter are the last rows of the weight that cuBLAS multiplies with."""
 PROMPT = 8192
 
 
@@ -149,7 +147,7 @@ class Step:
             return None
         site = adapters.layout.site(layer, name)
         lora = (adapters.slabs, site, adapters.batch)
-        if self.tokens >= MANY and adapters.live == 1:
+        if adapters.extended:
             y = self.extended(name, site.u_width)
             torch.mm(x, adapters.extended[layer][name].t(), out=y)
             self.out[name] = y[:, : len(weight)]
@@ -167,10 +165,11 @@ class Step:
         return LoraDelta(u, adapters.slabs, site, adapters.batch)
 
     def extended(self, name: str, columns: int) -> Tensor:
-        """A product's output with columns for u behind it."""
-        if name not in self.wide or self.wide[name].shape[1] != self.widths[name] + columns:
-            self.wide[name] = random(self.tokens, self.widths[name] + columns)
-        return self.wide[name]
+        """A product's output with columns for u behind it, its rows at multiples of 128 bytes."""
+        width = self.widths[name] + columns
+        if name not in self.wide or self.wide[name].shape[1] != round_up(width, 64):
+            self.wide[name] = random(self.tokens, round_up(width, 64))
+        return self.wide[name][:, :width]
 
     def run(self, adapters: Adapters | None) -> None:
         """Enqueue a step."""
@@ -243,7 +242,7 @@ def main() -> None:
             bases[tokens] = (step, graph_us(lambda step=step: step.run(None), args.repeats))
         step, base = bases[tokens]
         adapters = Adapters(model, rank, count, tokens)
-        if tokens >= MANY and count == 1:
+        if tokens > MAX_OURS and count == 1:
             adapters.extend(weights)
         full = graph_us(lambda step=step, adapters=adapters: step.run(adapters), args.repeats)
         floor = adapters.bytes / BANDWIDTH * 1e6

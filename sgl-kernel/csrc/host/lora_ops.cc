@@ -91,7 +91,7 @@ void lora_shrink(TensorView x, TensorView slabs, Shape site, TensorView words, S
   const int rows = stream ? kStreamRows : 64, tiles = capacity.tiles(static_cast<int>(x.size(0)));
   const int row_tiles = ceil_div(args.site.num_slices * args.site.rank_cap, rows);
   // For prompts there are tiles enough; a step of decoding may have one.
-  args.num_splits = splits > 0 ? static_cast<int>(splits) : stream ? choose_splits(device, 1, args.site.in_features, 512) : 1;
+  args.num_splits = splits > 0 ? static_cast<int>(splits) : 1;
   const driver::Grid grid{row_tiles * args.num_splits,
                           tiles,
                           stream ? kStreamThreads : gemm_threads(driver::kWarp, rows),

@@ -45,7 +45,7 @@ T* data(const ffi::Optional<TensorView>& tensor) {
 // `words` are LoraSite.words of Python.
 inline LoraSite unpack_site(const TensorView& slabs, const Shape& words) {
   if (words.size() != 12) TVM_FFI_THROW(ValueError) << "a site has 12 words, not " << words.size();
-  if (words[11] != 2) TVM_FFI_THROW(ValueError) << "compiled kernels read bfloat16 slabs, these have " << words[11] << " bytes a number";
+  if (words[11] != 2) TVM_FFI_THROW(ValueError) << "compiled kernels read slabs of dtype word 2 (bfloat16), not " << words[11];
   LoraSite site{};
   site.slabs = data<const uint8_t>(slabs);
   site.slab_bytes = slabs.stride(0);

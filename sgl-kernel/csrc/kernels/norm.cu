@@ -16,7 +16,7 @@ SGL_KERNEL_OF(sgl::norm_threads(sgl::kWarp, 0), 4) fused_add_rmsnorm(SGL_ARGS(sg
     sgl::fused_add_rmsnorm<sgl::Strips<sgl::Strip<tile == 16 ? 8 : 16>>, rank / 16>(args);                    \
   }
 
-SGL_NORM(16, 16, 4)
+SGL_NORM(16, 16, sgl::kStartsEarly ? 4 : 3)
 SGL_NORM(16, 64, 2)
 SGL_NORM(64, 16, 4)
 SGL_NORM(64, 64, 2)

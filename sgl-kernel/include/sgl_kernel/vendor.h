@@ -77,6 +77,13 @@ SGL_DEVICE void barrier() {
 SGL_DEVICE int lane_id() { return thread_id() % kWarp; }
 SGL_DEVICE int warp_id() { return thread_id() / kWarp; }
 
+// Whether a kernel's blocks may start while the previous kernel still runs, and find room beside its blocks.
+#if SGL_CUDA && __CUDA_ARCH__ >= 900
+constexpr bool kStartsEarly = true;
+#else
+constexpr bool kStartsEarly = false;
+#endif
+
 // ---- numbers -------------------------------------------------------------------------------------------------------
 
 using bf16 = uint16_t;  // the bits of a bfloat16

@@ -40,6 +40,7 @@ SGL_DEVICE int block_x() { return emu::block_x(); }
 SGL_DEVICE int block_y() { return emu::block_y(); }
 SGL_DEVICE int grid_x() { return emu::grid_x(); }
 SGL_DEVICE void barrier(emu::Place place = emu::here()) { emu::barrier(place); }
+constexpr bool kStartsEarly = false;
 SGL_DEVICE int lane_id() { return thread_id() % kWarp; }
 SGL_DEVICE int warp_id() { return thread_id() / kWarp; }
 

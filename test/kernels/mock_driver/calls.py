@@ -111,12 +111,6 @@ def _piece(g: Geometry, tile: int) -> int:
     return _strip(g, tile) if tile == 16 else tile
 
 
-def _ring(g: Geometry, tile: int, threads: int, vectors: int) -> int:
-    """Shared memory of a kernel for prompts: vectors of the rows that a lane has of each of some steps."""
-    steps, rows = (3, 2) if g.warp == 32 else (2, 1)  # this one, and what is on its way
-    return threads * vectors * 16 * rows * steps if tile == 64 else 0
-
-
 def skinny_gemm(
     t: Tensors, g: Geometry, tokens: int, outputs: int, *, adapters: bool = False, overlap: bool = False
 ) -> Call:
@@ -164,8 +158,7 @@ def lora_shrink(t: Tensors, g: Geometry, tokens: int, tile: int) -> Call:
     else:
         shape = ("lora_shrink_64x64", g("gemm_threads", g.warp, 64), g("gemm_shared_bytes", g.warp, 64, 64))
     clusters = _blocks(2 * 24, 16 if tile == 16 else 64)
-    # One tile leaves a GPU idle: parts of 512 columns. Prompts have tiles enough.
-    return Call("lora_shrink", args, *shape, clusters, lora.tiles, fields, 4 if tile == 16 else 1)
+    return Call("lora_shrink", args, *shape, clusters, lora.tiles, fields)  # in one part, unless told otherwise
 
 
 def lora_expand_add(t: Tensors, g: Geometry, tokens: int, tile: int, rank: int = HIGH) -> Call:
@@ -227,15 +220,15 @@ def silu_and_mul(
 ) -> Call:
     x, out = t(tokens, 2 * inner, pad=8), t(tokens, inner, pad=16)
     fields = {"x": x, "out": out, "x_stride": 2 * inner + 8, "out_stride": inner + 16, "tokens": tokens, "inner": inner}
-    delta, kernel, shared = NO_DELTA, "silu_and_mul", 0
+    delta, kernel = NO_DELTA, "silu_and_mul"
     grid = (_blocks(inner, 128 * 8), _blocks(tokens, 4))  # eight columns of four rows a thread
     if adapters:
         lora = Lora(t, 64, (inner, inner), tokens, tile, rank)
-        delta, kernel, shared = lora.delta(), f"silu_and_mul_{tile}x{lora.held}", _ring(g, tile, 128, 2)
+        delta, kernel = lora.delta(), f"silu_and_mul_{tile}x{lora.held}"
         pieces = tile // _piece(g, tile)
         grid = (_blocks(inner, 128 // g.warp * 32), lora.tiles * pieces)
         fields |= lora.delta_fields() | {"block_tokens": _piece(g, tile), "piece_bits": pieces - 1}
-    return Call("silu_and_mul", [x, out, *delta, False], kernel, 128, shared, *grid, fields)
+    return Call("silu_and_mul", [x, out, *delta, False], kernel, 128, 0, *grid, fields)
 
 
 def qk_norm_rope(
@@ -258,8 +251,8 @@ def qk_norm_rope(
         block_heads = 1 if tile == 16 else 4 // warps
         pieces = tile // _piece(g, tile)
         threads, blocks_y = block_heads * warps * g.warp, lora.tiles * pieces
-        # Two buffers of a float for every warp and row; two vectors of a row, two of cosines and two of sines.
-        shared = (2 * block_heads * warps * 16 * 4 if warps > 1 else 0) + _ring(g, tile, threads, 6)
+        # Two buffers of a float for every warp and row.
+        shared = 2 * block_heads * warps * 16 * 4 if warps > 1 else 0
         fields |= lora.delta_fields() | {"block_tokens": _piece(g, tile), "piece_bits": pieces - 1}
     fields |= {"block_heads": block_heads}
     o = optional
