@@ -182,9 +182,7 @@ NORMS = [
 
 
 @pytest.mark.parametrize(("hidden", "tile", "cluster", "slots", "ranks"), NORMS)
-def test_add_and_norm(
-    vendor: str, hidden: int, tile: int, cluster: int, slots: Sequence[int], ranks: Ranks
-) -> None:
+def test_add_and_norm(vendor: str, hidden: int, tile: int, cluster: int, slots: Sequence[int], ranks: Ranks) -> None:
     cluster, tokens = clusters(vendor, cluster), len(slots)
     x, residual, weight = norm_data(tokens, hidden)
     rows = Rows(Gpu(vendor), [hidden], tokens, slots, ranks, tile)
@@ -402,9 +400,7 @@ ROPES = [
 
 
 @pytest.mark.parametrize(("data", "tile", "slots", "ranks"), ROPES)
-def test_head_norm_and_rotation(
-    vendor: str, data: Heads, tile: int, slots: Sequence[int], ranks: Ranks
-) -> None:
+def test_head_norm_and_rotation(vendor: str, data: Heads, tile: int, slots: Sequence[int], ranks: Ranks) -> None:
     rows = Rows(Gpu(vendor), data.widths, data.tokens, slots, ranks, tile)
     assert_heads(rows, data, *run_rope(rows, data))
 

@@ -241,7 +241,10 @@ def test_every_function_of_the_vendors_is_emulated() -> None:
 
 @pytest.mark.parametrize(
     ("start", "end"),
-    [(f"struct {name} {{", "\n};") for name in ("Fragment", "Accumulator", "Strip", *(f"alignas({n}) {t}" for n, t in VECTORS))],
+    [
+        (f"struct {name} {{", "\n};")
+        for name in ("Fragment", "Accumulator", "Strip", *(f"alignas({size}) {name}" for size, name in VECTORS))
+    ],
 )
 def test_layouts_of_lanes_are_the_vendors(start: str, end: str) -> None:
     def passage(text: str) -> str:
