@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from kernels.emulator import CLUSTERS, VENDORS, Gpu
+from kernels.emulator import VENDORS, Gpu
 from kernels.emulator.adapters import Adapters, Ranks, lora_tiles, make_batch
 from kernels.emulator.numbers import NAN, Bits, assert_rounded_once, padded, random_bf16, to_float
 from kernels.emulator.tiling import tiling
@@ -21,18 +21,16 @@ def shrink(
     adapters: Adapters,
     slots: Sequence[int],
     tile: int = 16,
-    splits: int = 1,
     seed: int = 0,
     spare_tiles: int = 0,
-    clusters: int | None = None,
+    blocks: int | None = None,
 ) -> Bits:
     """u [T, n * rank_cap], with NaN wherever the kernel did not write.
 
     Args:
         tile: tokens of the batch's tiles.
-        splits: blocks of a cluster.
         spare_tiles: that the grid has beyond the live ones.
-        clusters: for every tile, if fewer than there are units; then the kernel must be one that streams.
+        blocks: for every tile, if fewer than there are units; then the kernel must be one that streams.
     """
     k, width = x.shape[1], len(adapters.out_features) * adapters.rank_cap
     num_slots = 1 + max(*adapters.ranks, *slots, 0)
@@ -44,13 +42,12 @@ def shrink(
         u=u,
         x_stride=k + 8,
         u_stride=width + 8,
-        num_splits=splits,
         site=adapters.site,
         batch=batch,
     )
     launch = tiling(gpu, KERNELS[tile])
-    grid = ((clusters or -(-width // launch.rows)) * splits, max(1, lora_tiles(slots, tile) + spare_tiles))
-    gpu.launch(KERNELS[tile], args, grid, launch.threads, launch.shared, splits, seed)
+    grid = (blocks or -(-width // launch.rows), max(1, lora_tiles(slots, tile) + spare_tiles))
+    gpu.launch(KERNELS[tile], args, grid, launch.threads, launch.shared, 1, seed)
     assert (u[:, width:] == NAN).all()
     return u[:, :width]
 
@@ -88,14 +85,14 @@ CASES: dict[str, tuple[Ranks, Sequence[int]]] = {
 
 
 @pytest.mark.parametrize("tile", KERNELS)
-@pytest.mark.parametrize(("vendor", "splits"), CLUSTERS)
+@pytest.mark.parametrize("vendor", VENDORS)
 @pytest.mark.parametrize("case", CASES)
-def test_shrink(vendor: str, splits: int, tile: int, case: str) -> None:
+def test_shrink(vendor: str, tile: int, case: str) -> None:
     ranks, slots = CASES[case]
-    gpu, k = Gpu(vendor), 136 if splits == 1 else 328
+    gpu, k = Gpu(vendor), 136
     x = random_bf16(np.random.default_rng(7), len(slots), k)
     adapters = Adapters(gpu, k, (16, 8, 8)[: len(ranks[min(ranks)])], ranks, 1 + max(*ranks, *slots, 0))
-    u = shrink(gpu, x, adapters, slots, tile, splits, seed=tile)
+    u = shrink(gpu, x, adapters, slots, tile, seed=tile)
     assert_shrunk(u, x, adapters, slots)
 
 
@@ -109,20 +106,20 @@ def test_every_length_of_the_sum(vendor: str, k: int, tile: int) -> None:
     assert_shrunk(shrink(gpu, x, adapters, slots, tile), x, adapters, slots)
 
 
-@pytest.mark.parametrize(("vendor", "splits"), CLUSTERS)
-@pytest.mark.parametrize("clusters", [1, 2, 3, 20])
+@pytest.mark.parametrize("vendor", VENDORS)
+@pytest.mark.parametrize("blocks", [1, 2, 3, 20])
 @pytest.mark.parametrize("k", [64, 712])
-def test_blocks_walk_through_units(vendor: str, splits: int, clusters: int, k: int) -> None:
+def test_blocks_walk_through_units(vendor: str, blocks: int, k: int) -> None:
     gpu, slots = Gpu(vendor), [0, 1, -1, *[0] * 16, 2]
     x = random_bf16(np.random.default_rng(k), len(slots), k)
     adapters = Adapters(gpu, k, (8, 8), {0: (70, 33), 1: (3, 0), 2: (0, 0)}, 3)
-    u = shrink(gpu, x, adapters, slots, 16, splits, clusters, clusters=clusters)
+    u = shrink(gpu, x, adapters, slots, 16, blocks, blocks=blocks)
     assert_shrunk(u, x, adapters, slots)
 
 
 @pytest.mark.parametrize("tile", KERNELS)
-@pytest.mark.parametrize(("vendor", "splits"), CLUSTERS)
-def test_a_row_has_the_same_bits_alone_in_a_crowd_and_permuted(vendor: str, splits: int, tile: int) -> None:
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_a_row_has_the_same_bits_alone_in_a_crowd_and_permuted(vendor: str, tile: int) -> None:
     ranks = {0: (3, 40), 1: (64, 64)}
     slots = [0, 1, -1, *[1] * 20, 0]
     x = random_bf16(np.random.default_rng(3), len(slots), 584)
@@ -130,8 +127,8 @@ def test_a_row_has_the_same_bits_alone_in_a_crowd_and_permuted(vendor: str, spli
     def run(order: Sequence[int], seed: int) -> Bits:
         gpu = Gpu(vendor)
         adapters = Adapters(gpu, 584, (8, 8), ranks, 2)
-        clusters = seed if tile == 16 else None
-        return shrink(gpu, x[order], adapters, [slots[i] for i in order], tile, splits, seed, clusters=clusters)
+        blocks = seed if tile == 16 else None
+        return shrink(gpu, x[order], adapters, [slots[i] for i in order], tile, seed, blocks=blocks)
 
     everyone = list(range(len(slots)))
     whole = run(everyone, 0)

@@ -817,7 +817,7 @@ def run_stream(make: Callable[[], Gpu]) -> None:
         gpu, more = make(), [1, -1, 3, *[0] * 9]
         x = random_bf16(rng, len(more), k)
         adapters = Adapters(gpu, k, (40, 24, 8), ranks, 4)
-        u = shrink(gpu, x, adapters, more, 16, splits, spare_tiles=1, clusters=2)
+        u = shrink(gpu, x, adapters, more, 16, spare_tiles=1, blocks=2)
         assert_shrunk(u, x, adapters, more)
 
 
@@ -833,7 +833,7 @@ def run_tiles(make: Callable[[], Gpu]) -> None:
         assert_u(u, x, adapters, slots)
         gpu = make()
         adapters = Adapters(gpu, k, (8, 8), {0: (3, 70), 1: (17, 1), 2: (72, 72)}, 3)
-        assert_shrunk(shrink(gpu, x, adapters, slots, 64, splits, spare_tiles=1), x, adapters, slots)
+        assert_shrunk(shrink(gpu, x, adapters, slots, 64, spare_tiles=1), x, adapters, slots)
 
 
 def run_expand(make: Callable[[], Gpu]) -> None:

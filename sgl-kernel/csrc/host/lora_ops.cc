@@ -7,7 +7,7 @@
 namespace sgl::host {
 namespace {
 
-// Into how many parts a sum over K is cut where `tiles` of rows leave multiprocessors idle. It depends on the matrix, the
+// Into how many parts a product's sum over K is cut where its `tiles` leave multiprocessors idle. It depends on the matrix, the
 // device and the kernel: rows beside a row change its bits only where their number chooses another kernel.
 int choose_splits(const driver::Device& device, int tiles, int in_features, int least) {
   int splits = 1;
@@ -73,12 +73,11 @@ void skinny_gemm(TensorView x, TensorView weight, TensorView y, ffi::Optional<Te
 }
 
 void lora_shrink(TensorView x, TensorView slabs, Shape site, TensorView words, Shape shape, TensorView u,
-                 int64_t splits, bool overlap) {
+                 bool overlap) {
   check_matrix(x, "x");
   check_matrix(u, "u");
   if (x.size(0) == 0) return;
   const Place place(x);
-  const driver::Device& device = driver::device(place.device_id);
   ShrinkArgs args{};
   args.x = data<const uint16_t>(x);
   args.u = data<uint16_t>(u);
@@ -90,13 +89,11 @@ void lora_shrink(TensorView x, TensorView slabs, Shape site, TensorView words, S
   const bool stream = capacity.tile_tokens == 16;
   const int rows = stream ? kStreamRows : 64, tiles = capacity.tiles(static_cast<int>(x.size(0)));
   const int row_tiles = ceil_div(args.site.num_slices * args.site.rank_cap, rows);
-  // For prompts there are tiles enough; a step of decoding may have one.
-  args.num_splits = splits > 0 ? static_cast<int>(splits) : 1;
-  const driver::Grid grid{row_tiles * args.num_splits,
+  const driver::Grid grid{row_tiles,
                           tiles,
                           stream ? kStreamThreads : gemm_threads(driver::kWarp, rows),
                           stream ? stream_shared_bytes(driver::kWarp, 16) : gemm_shared_bytes(driver::kWarp, rows, 64),
-                          args.num_splits,
+                          1,
                           overlap};
   driver::launch(stream ? "lora_shrink_16" : "lora_shrink_64x64", place.device_id, place.stream, grid, &args, sizeof(args));
 }

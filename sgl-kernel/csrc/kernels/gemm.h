@@ -131,15 +131,14 @@ struct ShrinkWork {
   }
 };
 
-// Blocks: x a cluster of num_splits for sixteen rows of A, y a tile.
+// Blocks: x sixteen rows of A, y a tile.
 template <class Stream>
 SGL_DEVICE void lora_shrink_stream(const ShrinkArgs& args) {
   let_next_kernel_start();
   const Tile tile = read_tile(args.batch, block_y());
   if (tile.count == 0 || tile.slot < 0) return wait_for_previous_kernel();
   const ARows a = ARows::of(args.site, tile.slot, tile.rank);
-  const Range k = part_of(args.site.in_features, cluster_rank(), cluster_size());
-  Stream::run(ShrinkWork{args, block_x() / args.num_splits, grid_x() / args.num_splits, tile, a}, k.begin, k.end);
+  Stream::run(ShrinkWork{args, block_x(), grid_x(), tile, a}, 0, args.site.in_features);
 }
 
 // ---- more tokens: blocks of 64 or 128 rows -------------------------------------------------------------------------
@@ -195,13 +194,13 @@ SGL_DEVICE void skinny_gemm_tile(const GemmArgs& args) {
   }
 }
 
-// Blocks: x a cluster of num_splits for kRows rows of A, y a tile of tokens of one slot.
+// Blocks: x kRows rows of A, y a tile of tokens of one slot.
 template <class Gemm>
 SGL_DEVICE void lora_shrink_tile(const ShrinkArgs& args) {
   let_next_kernel_start();
   const Tile tile = read_tile(args.batch, block_y());
   if (tile.count == 0 || tile.slot < 0) return wait_for_previous_kernel();
-  const int first = block_x() / args.num_splits * Gemm::kRows;
+  const int first = block_x() * Gemm::kRows;
   shrink_tile<Gemm>(args.site, ARows::of(args.site, tile.slot, tile.rank), first, args.x, args.x_stride, args.u, args.u_stride, tile.count,
                     [&](int t) { return args.batch.perm[tile.start + t]; });
 }

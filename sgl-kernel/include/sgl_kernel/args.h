@@ -62,7 +62,6 @@ struct ShrinkArgs {
   const uint16_t* x;
   uint16_t* u;
   int64_t x_stride, u_stride;
-  int32_t num_splits;
   LoraSite site;
   LoraBatch batch;
 };

@@ -119,7 +119,7 @@ class Native:
     def lora_shrink(self, x: Tensor, slabs: LoraSlabs, site: LoraSite, batch: LoraBatch, out: Tensor) -> Tensor:
         """See reference."""
         shape = _batch_shape(batch.shape)
-        library().lora_shrink(x, slabs.data, _site(site), batch.words, shape, out, 0, _overlap)
+        library().lora_shrink(x, slabs.data, _site(site), batch.words, shape, out, _overlap)
         return out
 
     def lora_expand_add(self, y: Tensor, delta: LoraDelta) -> Tensor:

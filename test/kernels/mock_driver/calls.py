@@ -151,14 +151,14 @@ def skinny_gemm(
 def lora_shrink(t: Tensors, g: Geometry, tokens: int, tile: int) -> Call:
     inputs = 2048
     lora, x = Lora(t, inputs, (64, 32), tokens, tile), t(tokens, inputs, pad=8)
-    args = [x, lora.slabs, lora.site_words, lora.words, lora.shape_words, lora.u, 0, False]
+    args = [x, lora.slabs, lora.site_words, lora.words, lora.shape_words, lora.u, False]
     fields = {"x": x, "x_stride": inputs + 8, "u": lora.u, "u_stride": lora.u["strides"][0]} | lora.batch_fields
     if tile == 16:
         shape = ("lora_shrink_16", 256, g("stream_shared_bytes", g.warp, 16))
     else:
         shape = ("lora_shrink_64x64", g("gemm_threads", g.warp, 64), g("gemm_shared_bytes", g.warp, 64, 64))
     clusters = _blocks(2 * 24, 16 if tile == 16 else 64)
-    return Call("lora_shrink", args, *shape, clusters, lora.tiles, fields)  # in one part, unless told otherwise
+    return Call("lora_shrink", args, *shape, clusters, lora.tiles, fields)
 
 
 def lora_expand_add(t: Tensors, g: Geometry, tokens: int, tile: int, rank: int = HIGH) -> Call:
