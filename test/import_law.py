@@ -82,7 +82,7 @@ LEVELS: dict[str, tuple[float, str]] = {
     "sglang.srt.observability": (2, FRONT),
     "sglang.srt.platforms": (2.0, BACK),
     # What a step hands to models and attention stands below both.
-    "sglang.srt.model_executor.forward_context": (2.0, BACK),
+    "sglang.srt.model_executor.forward_context": (2.15, BACK),
     "sglang.srt.ops": (2.1, BACK),
     "sglang.srt.distributed": (2.2, BACK),
     "sglang.srt.layers": (2.3, BACK),

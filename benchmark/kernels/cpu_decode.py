@@ -75,7 +75,7 @@ class Ours:
         locs = self.table.pages[:batch, past:total].reshape(-1).long()
         self.attention.plan(StepShape(lens, np.full(batch, total, dtype=np.int32)), slots, locs)
         rows = torch.arange(1, batch + 1) * new - 1
-        hidden = self.model.forward(ForwardContext(ids.reshape(-1), positions, self.attention, rows))
+        hidden = self.model.forward(ForwardContext(ids.reshape(-1), positions, locs, self.pool, self.attention))
         return self.model.compute_logits(hidden if new == 1 else hidden[rows])
 
     def decode(self, batch: int, context: int) -> float:

@@ -124,9 +124,8 @@ class Harness:
         shape = StepShape(np.array(query_lens, dtype=np.int32), np.array(kv_lens, dtype=np.int32))
         slots = self._tensor([sequence.slot for sequence, _ in work])
         self.attention.plan(shape, slots, self._tensor(locs))
-        rows = self._tensor(list(range(len(ids))))
-        ctx = ForwardContext(self._tensor(ids), self._tensor(positions), self.attention, rows)
-        logits = self.model.compute_logits(self.model.forward(ctx))
+        ctx = ForwardContext(self._tensor(ids), self._tensor(positions), self._tensor(locs), self.pool, self.attention)
+        logits = self.model.compute_logits(self.model.forward(ctx)).float()
         assert logits.dtype == torch.float32 and logits.is_contiguous()
         return list(logits.cpu().split(query_lens))
 

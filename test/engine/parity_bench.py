@@ -57,6 +57,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_yarn_bias": ("Llama", {"rope_parameters": YARN_ROPE, "attention_bias": True, "mlp_bias": True}),
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
+    "qwen3_wide_heads": ("Qwen3", {"head_dim": 64}),
     "mistral": ("Mistral", {"sliding_window": None, "head_dim": 16}),
     "mistral_window": ("Mistral", {"sliding_window": 12}),
 }
@@ -133,7 +134,15 @@ class RealBench:
         return self.replies[message.call_id]
 
     def submit(
-        self, req_id: int, prompt: list[int], count: int, *, score_prompt: bool, version_id: int = 0, **params: Any
+        self,
+        req_id: int,
+        prompt: list[int],
+        count: int,
+        *,
+        score_prompt: bool,
+        version_id: int = 0,
+        top: int = VOCAB,
+        **params: Any,
     ) -> None:
         sampling = SamplingParams.from_dict({"max_new_tokens": count, "ignore_eos": True, **params})
         spec = sampling.resolve(vocab_size=VOCAB, eos_ids=(), max_new_tokens=count, seed=req_id)
@@ -144,7 +153,7 @@ class RealBench:
             version_id=version_id,
             return_logprob=True,
             logprob_start=0 if score_prompt else len(prompt),
-            top_logprobs_num=VOCAB,
+            top_logprobs_num=top,
         )
         self.results[req_id] = Result()
         self.channel.put(wire.SubmitBatch([request]))

@@ -15,6 +15,7 @@ from sglang.srt.errors import ConfigError
 from sglang.srt.layers.attention import torch_native
 from sglang.srt.layers.attention.factory import create_attention_backend
 from sglang.srt.model_executor.forward_context import StepShape
+from sglang.srt.ops.attention import store_kv
 from sglang.srt.ops.cpu import kernels
 
 DIM, LAYERS, SCALE = 16, 2, 0.21
@@ -44,7 +45,8 @@ class Bench:
             locs.append(self.table.locations(slot, before, before + count))
         kv_lens = np.array(old, dtype=np.int32) + np.array(counts, dtype=np.int32)
         shape = StepShape(np.array(counts, dtype=np.int32), kv_lens)
-        self.backend.plan(shape, torch.tensor(slots), torch.from_numpy(np.concatenate(locs)))
+        self.locs = torch.from_numpy(np.concatenate(locs))
+        self.backend.plan(shape, torch.tensor(slots), self.locs)
         for layer in range(LAYERS):
             self._layer(layer, slots, counts)
 
@@ -52,6 +54,7 @@ class Bench:
         # Views of one fused projection, as the model passes them.
         fused = self.random(sum(counts), self.heads + 2 * self.kv_heads)
         q, k, v = fused.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        store_kv(k, v, *self.pool.layer(layer), self.locs)
         out = self.backend.forward(q, k, v, layer, SCALE)
         assert out.shape == (sum(counts), self.heads * DIM)
         for slot, q_new, k_new, v_new, got in zip(slots, *(t.split(counts) for t in (q, k, v, out)), strict=True):

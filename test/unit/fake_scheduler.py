@@ -82,9 +82,7 @@ def make_config(**overrides: Any) -> sections.Config:
         kv_cache_dtype="float32", disable_radix_cache=False,
     )  # fmt: skip
     load = section(sections.LoadSection, path="/nowhere", dtype="float32")
-    device = section(
-        sections.DeviceSection, device="cpu", gpu_id=0, attention_backend="torch_native", sampling_backend="torch"
-    )
+    device = section(sections.DeviceSection, device="cpu", gpu_id=0, attention_backend="torch_native")
     lora = section(sections.LoRASection)
     assert not overrides, f"unknown configuration fields: {sorted(overrides)}"
     return sections.Config(

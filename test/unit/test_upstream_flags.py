@@ -52,7 +52,7 @@ def test_every_config_field_that_users_can_set_has_a_flag():
     owned = {FLAGS[name].owner for name in of_kind(Implemented)}
     sections = {f.name: f.type for f in msgspec.structs.fields(Config) if f.name not in ("model", "lora")}
     all_fields = {f"{section}.{field}" for section, kind in sections.items() for field in kind.__struct_fields__}
-    decided_by_the_server = {"device.attention_backend", "device.sampling_backend", "device.threads"}
+    decided_by_the_server = {"device.threads"}
     assert all_fields - owned == decided_by_the_server
 
 
@@ -120,4 +120,4 @@ def test_slimes_keywords_are_served():
 def test_astraflows_line_is_served():
     lines = review(prepare_server_args(ASTRAFLOW_LINE))
     ignored = {line.split()[0] for line in lines}
-    assert ignored == {"--trust-remote-code", "--attention-backend", "--lora-backend"}
+    assert ignored == {"--trust-remote-code", "--lora-backend"}

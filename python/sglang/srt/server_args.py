@@ -218,7 +218,7 @@ class ServerArgs:
     lora_drain_wait_threshold: float = 0.0
 
     # Kernels
-    attention_backend: str | None = None
+    attention_backend: Annotated[str | None, Arg("triton or torch_native; others become triton")] = None
     decode_attention_backend: str | None = None
     prefill_attention_backend: str | None = None
     sampling_backend: str | None = None
@@ -254,10 +254,10 @@ class ServerArgs:
 
     # Optimisation and debugging
     disable_radix_cache: Annotated[bool, Arg("do not keep the KV of finished prompts")] = False
-    cuda_graph_max_bs: int | None = None
-    cuda_graph_bs: list[int] | None = None
+    cuda_graph_max_bs: Annotated[int | None, Arg("requests of the largest decode step that is captured")] = None
+    cuda_graph_bs: Annotated[list[int] | None, Arg("numbers of requests that decode steps are captured for")] = None
     cuda_graph_backend_prefill: str | None = None
-    disable_cuda_graph: bool = False
+    disable_cuda_graph: Annotated[bool, Arg("run decode steps operation by operation")] = False
     disable_cuda_graph_padding: bool = False
     enable_profile_cuda_graph: bool = False
     disable_piecewise_cuda_graph: bool = False

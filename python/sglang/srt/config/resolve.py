@@ -44,11 +44,14 @@ class _DeviceDefaults(msgspec.Struct, frozen=True):
     mem_fraction_static: float
     max_running_requests: int
     chunked_prefill_size: int
+    page_size: int
 
 
 _DEFAULTS: dict[Device, _DeviceDefaults] = {
-    "cpu": _DeviceDefaults(mem_fraction_static=0.3, max_running_requests=64, chunked_prefill_size=512),
-    "cuda": _DeviceDefaults(mem_fraction_static=0.85, max_running_requests=256, chunked_prefill_size=8192),
+    "cpu": _DeviceDefaults(mem_fraction_static=0.3, max_running_requests=64, chunked_prefill_size=512, page_size=1),
+    "cuda": _DeviceDefaults(
+        mem_fraction_static=0.85, max_running_requests=256, chunked_prefill_size=8192, page_size=16
+    ),
 }
 _DTYPES = {"float": "float32", "half": "float16", "bf16": "bfloat16"}
 _LOW_PRECISION = ("bfloat16", "float16")
@@ -84,9 +87,7 @@ def resolve(args: ServerArgs) -> Config:
         tokenizer=_tokenizer(args, path),
         memory=_memory(args, device, dtype),
         schedule=_schedule(args, device),
-        device=DeviceSection(
-            device=device, gpu_id=args.base_gpu_id, attention_backend="torch_native", sampling_backend="pytorch"
-        ),
+        device=_device_section(args, device),
         server=_server(args, model),
         lora=lora_section(args),
     )
@@ -110,6 +111,43 @@ def _gpu_present() -> bool:
     if visible is not None and visible.strip() in ("", "-1"):
         return False
     return bool(glob.glob("/dev/nvidia[0-9]*")) or os.path.exists("/dev/kfd") or os.path.exists("/dev/dxg")
+
+
+def _device_section(args: ServerArgs, device: Device) -> DeviceSection:
+    attention = _attention_backend(args.attention_backend, device)
+    graphs: tuple[int, ...] = ()
+    if attention == "triton" and not args.disable_cuda_graph:
+        running = args.max_running_requests
+        graphs = _graph_rows(args, _DEFAULTS[device].max_running_requests if running is None else running)
+    return DeviceSection(device=device, gpu_id=args.base_gpu_id, attention_backend=attention, cuda_graph_bs=graphs)
+
+
+def _attention_backend(wanted: str | None, device: Device) -> str:
+    if device == "cpu":
+        if wanted not in (None, "torch_native"):
+            logger.warning("--attention-backend %s: on a CPU there is torch_native", wanted)
+        return "torch_native"
+    if wanted in (None, "triton", "torch_native"):
+        return wanted or "triton"
+    logger.warning("--attention-backend %s: attention runs on this server's own Triton kernels", wanted)
+    return "triton"
+
+
+def _graph_rows(args: ServerArgs, max_running: int) -> tuple[int, ...]:
+    """Numbers of rows to capture; left to the server, a step is padded by at most half up to 8 rows, an eighth beyond.
+
+    Raises:
+        ConfigError: a number below 1.
+    """
+    largest = max_running if args.cuda_graph_max_bs is None else min(args.cuda_graph_max_bs, max_running)
+    if args.cuda_graph_bs:
+        if min(args.cuda_graph_bs) < 1:
+            raise ConfigError(f"--cuda-graph-bs {args.cuda_graph_bs} must be numbers of requests, 1 or more")
+        return tuple(sorted({rows for rows in args.cuda_graph_bs if rows <= largest}))
+    if largest < 1:
+        return ()
+    steps = (*range(1, 5), *range(6, 17, 2), *range(20, 33, 4), *range(40, 129, 8), *range(144, largest + 1, 16))
+    return tuple(sorted({rows for rows in steps if rows < largest} | {largest}))
 
 
 def _dtype(wanted: str, model: ModelConfig, device: Device) -> str:
@@ -137,7 +175,7 @@ def _memory(args: ServerArgs, device: Device, dtype: str) -> MemorySection:
     return MemorySection(
         max_total_tokens=args.max_total_tokens,
         mem_fraction_static=_DEFAULTS[device].mem_fraction_static if fraction is None else fraction,
-        page_size=1 if args.page_size is None else args.page_size,
+        page_size=_DEFAULTS[device].page_size if args.page_size is None else args.page_size,
         kv_cache_dtype=dtype if kv_dtype == "auto" else _DTYPES.get(kv_dtype, kv_dtype),
         disable_radix_cache=args.disable_radix_cache,
     )

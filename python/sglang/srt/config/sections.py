@@ -80,12 +80,18 @@ class ScheduleSection(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeviceSection(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the model runs. `threads` is torch's intra-op thread count on CPU, None for torch's own choice."""
+    """Where the model runs.
+
+    Fields:
+        attention_backend: triton | torch_native.
+        cuda_graph_bs: numbers of rows that decode steps are captured for, ascending; empty for no graphs.
+        threads: torch's intra-op thread count on CPU, None for torch's own choice.
+    """
 
     device: Device
     gpu_id: int
     attention_backend: str
-    sampling_backend: str
+    cuda_graph_bs: tuple[int, ...] = ()
     threads: int | None = None
 
 

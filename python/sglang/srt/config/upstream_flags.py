@@ -67,8 +67,8 @@ Status = Implemented | Ignored | Refused
 
 _SEVERAL = "several GPUs or hosts are not supported yet; start one server per GPU"
 _ONE_GPU = "the server runs on one device, nothing is sent between devices"
-_REFERENCE_OPS = "the reference operators of torch are used for now"
-_NO_GRAPHS = "the server does not use CUDA graphs yet"
+_ONE_ATTENTION = "prefill and decode have the same back end, --attention-backend"
+_DECODE_GRAPHS = "steps of decoding run as CUDA graphs, prompts do not"
 _NO_COMPILE = "the server does not use torch.compile"
 _DENSE = "the supported models have no experts"
 _TEXT_ONLY = "only text models are supported"
@@ -203,13 +203,13 @@ FLAGS: dict[str, Status] = {
     "lora_strict_loading": Implemented("lora.strict"),
     "lora_drain_wait_threshold": Ignored("the scheduler keeps adapters fair by itself"),
     # Kernels
-    "attention_backend": Ignored(_REFERENCE_OPS, quiet=("torch_native",)),
-    "decode_attention_backend": Ignored(_REFERENCE_OPS, quiet=("torch_native",)),
-    "prefill_attention_backend": Ignored(_REFERENCE_OPS, quiet=("torch_native",)),
-    "sampling_backend": Ignored(_REFERENCE_OPS, quiet=("pytorch",)),
+    "attention_backend": Implemented("device.attention_backend"),
+    "decode_attention_backend": Ignored(_ONE_ATTENTION),
+    "prefill_attention_backend": Ignored(_ONE_ATTENTION),
+    "sampling_backend": Ignored("tokens are drawn by the server's own kernels", quiet=("pytorch",)),
     "grammar_backend": Ignored("constrained decoding is not available yet", quiet=("none",)),
     "mm_attention_backend": Ignored(_TEXT_ONLY),
-    "disable_flashinfer_autotune": Ignored(_REFERENCE_OPS),
+    "disable_flashinfer_autotune": Ignored("flashinfer is not used"),
     # Speculative decoding
     "speculative_algorithm": Refused(_SPECULATIVE),
     "speculative_draft_model_path": Refused(_SPECULATIVE),
@@ -233,14 +233,14 @@ FLAGS: dict[str, Status] = {
     "cpu_offload_gb": Ignored(_NO_OFFLOAD),
     # Optimisation and debugging
     "disable_radix_cache": Implemented("memory.disable_radix_cache"),
-    "cuda_graph_max_bs": Ignored(_NO_GRAPHS),
-    "cuda_graph_bs": Ignored(_NO_GRAPHS),
-    "cuda_graph_backend_prefill": Ignored(_NO_GRAPHS),
-    "disable_cuda_graph": Ignored(_NO_GRAPHS),
-    "disable_cuda_graph_padding": Ignored(_NO_GRAPHS),
-    "enable_profile_cuda_graph": Ignored(_NO_GRAPHS),
-    "disable_piecewise_cuda_graph": Ignored(_NO_GRAPHS),
-    "piecewise_cuda_graph_max_tokens": Ignored(_NO_GRAPHS),
+    "cuda_graph_max_bs": Implemented("device.cuda_graph_bs"),
+    "cuda_graph_bs": Implemented("device.cuda_graph_bs"),
+    "cuda_graph_backend_prefill": Ignored(_DECODE_GRAPHS),
+    "disable_cuda_graph": Implemented("device.cuda_graph_bs"),
+    "disable_cuda_graph_padding": Ignored("a step is padded to the next graph, which costs less than no graph"),
+    "enable_profile_cuda_graph": Ignored("graphs are captured without a profiler"),
+    "disable_piecewise_cuda_graph": Ignored(_DECODE_GRAPHS),
+    "piecewise_cuda_graph_max_tokens": Ignored(_DECODE_GRAPHS),
     "enable_nccl_nvls": Ignored(_ONE_GPU),
     "enable_symm_mem": Ignored(_ONE_GPU),
     "enable_tokenizer_batch_encode": Ignored("the front process tokenizes"),
@@ -260,8 +260,8 @@ FLAGS: dict[str, Status] = {
     "torchao_config": Refused("weights are computed unquantized"),
     "enable_nan_detection": Ignored("a request whose logits are not finite is always ended with an error"),
     "enable_p2p_check": Ignored(_ONE_GPU),
-    "triton_attention_reduce_in_fp32": Ignored(_REFERENCE_OPS),
-    "triton_attention_num_kv_splits": Ignored(_REFERENCE_OPS),
+    "triton_attention_reduce_in_fp32": Ignored("attention is always summed in float32"),
+    "triton_attention_num_kv_splits": Ignored("the kernel chooses by the batch and the device"),
     "num_continuous_decode_steps": Ignored("new requests are looked for before every step"),
     "delete_ckpt_after_loading": Ignored("the server never deletes a checkpoint"),
     "enable_memory_saver": Ignored("device memory is held until the server ends"),
@@ -269,9 +269,9 @@ FLAGS: dict[str, Status] = {
     "enable_draft_weights_cpu_backup": Ignored("there is no draft model"),
     "allow_auto_truncate": Implemented("server.allow_auto_truncate"),
     "enable_custom_logit_processor": Refused("the server runs no code that comes with a request"),
-    "flashinfer_mla_disable_ragged": Ignored(_REFERENCE_OPS),
+    "flashinfer_mla_disable_ragged": Ignored("flashinfer is not used"),
     "disable_shared_experts_fusion": Ignored(_DENSE),
-    "disable_chunked_prefix_cache": Ignored(_REFERENCE_OPS),
+    "disable_chunked_prefix_cache": Ignored("chunks of a prompt always see what is before them"),
     "disable_fast_image_processor": Ignored(_TEXT_ONLY),
     "keep_mm_feature_on_device": Ignored(_TEXT_ONLY),
     "enable_return_hidden_states": Refused("hidden states are not returned"),
@@ -281,7 +281,7 @@ FLAGS: dict[str, Status] = {
     "gc_threshold": Ignored("the server sets the garbage collector itself"),
     "enable_deterministic_inference": Refused("kernels that do not depend on the batch are not available yet"),
     "rl_on_policy_target": Refused("kernels that match a trainer bit by bit are not available yet"),
-    "enable_fused_qk_norm_rope": Ignored(_REFERENCE_OPS),
+    "enable_fused_qk_norm_rope": Ignored("norms of heads, rotation and KV write are always one kernel"),
     # Disaggregation
     "disaggregation_mode": Refused(_SPLIT),
     "disaggregation_transfer_backend": Ignored(_SPLIT),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sglang.srt.config.model_config import ModelConfig
 from sglang.srt.errors import ConfigError
+from sglang.srt.ops.rope import FUSED_HEAD_DIMS, Rotation
 
 
 class RotaryEmbedding:
@@ -29,16 +30,29 @@ class RotaryEmbedding:
         inverse, self._gain = _RULES[rule](1.0 / base, scaling, config)
         self._inverse = inverse.to(device)
         self._dtype = dtype
+        fused = device.type == "cuda" and config.head_dim in FUSED_HEAD_DIMS
+        self._table = self._all_angles(config.context_length) if fused else None
 
-    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """(cos, sin) of a step, each [T, 1, D], as `ops.rope.rotate_` takes them.
+    def rotation(self, positions: Tensor) -> Rotation:
+        """The angles of a step.
 
         Args:
             positions: int64 [T].
         """
+        if self._table is not None:
+            return Rotation(positions, self._table)
+        return Rotation(positions, None, *self.angles(positions))
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of positions int64 [T], each [T, 1, D], as `ops.rope.rotate_` takes them."""
         angles = positions[:, None, None].float() * self._inverse
         cos, sin = angles.cos() * self._gain, angles.sin() * self._gain
         return torch.cat([cos, cos], dim=-1).to(self._dtype), torch.cat([-sin, sin], dim=-1).to(self._dtype)
+
+    def _all_angles(self, count: int) -> Tensor:
+        """As `Rotation.table`, of positions below `count`."""
+        angles = torch.arange(count, device=self._inverse.device)[:, None].float() * self._inverse
+        return torch.cat([angles.cos() * self._gain, angles.sin() * self._gain], dim=-1)
 
 
 def _default(inverse: Tensor, scaling: dict[str, Any], config: ModelConfig) -> tuple[Tensor, float]:

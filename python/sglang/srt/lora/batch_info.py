@@ -1,4 +1,4 @@
-"""The adapters of one set of rows: implements forward_context.LoRABatch.
+"""The adapters of one set of rows, each applied by torch operations: implements forward_context.LoRABatch.
 
 Made by LoRAManager for every step anew from the step's own versions, and again for the rows that need logits: nothing
 here outlives a forward pass. Invariant: a row of the base model is in no group, so nothing is ever added to it.
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from sglang.srt.lora.weights import AdapterWeights, Factors
 from sglang.srt.managers.io_struct.wire import BASE_VERSION
+from sglang.srt.ops.linear import Product, linear
 from sglang.srt.ops.lora import lora_add_, lora_embedding_add_
+from sglang.srt.ops.packed import Parameter
 from sglang.srt.sampling.transfer import to_device
 
 
@@ -32,6 +34,16 @@ class BatchInfo:
 
     def __init__(self, groups: list[Group]) -> None:
         self._groups = groups
+
+    def project(self, x: Tensor, weight: Parameter, bias: Tensor | None, parameter: str) -> Product:
+        """See LoRABatch; everything is added."""
+        y = linear(x, weight, bias)
+        self.add_(y, x, parameter)
+        return Product(y)
+
+    def changes(self, parameter: str) -> bool:
+        """See LoRABatch."""
+        return any(parameter in factors for _, factors in self._groups)
 
     def add_(self, y: Tensor, x: Tensor, parameter: str) -> None:
         """See LoRABatch."""

@@ -23,14 +23,20 @@ from sglang.srt.errors import WeightError
 from sglang.srt.lora.adapter import Adapter
 from sglang.srt.lora.batch_info import BatchInfo, group_rows
 from sglang.srt.lora.device_slots import DeviceSlots
+from sglang.srt.lora.slab_batch import SlabBatch, row_slots
 from sglang.srt.lora.weights import AdapterFile, AdapterWeights, Place, copy_adapter
+from sglang.srt.managers.io_struct.wire import BASE_VERSION
+from sglang.srt.model_executor.forward_context import LoRABatch
 from sglang.srt.ops.packed import PackedWeight
-from sglang.srt.ops.slabs import ModelSlabs
+from sglang.srt.ops.slabs import BatchShape, LoraBatch, ModelSlabs, build_batch
 
 PACKED_TOLERANCE = 0.1
 """Relative Frobenius error up to which a base weight stored in few bits counts as the one that an adapter repeats."""
 _SLICE = 4096
 """Rows of a base weight that are widened at once."""
+_DECODE_TILE, _PROMPT_TILE = 16, 64
+_DECODE_ROWS = 256
+"""Rows up to which a step's tiles are those for decoding."""
 
 
 class BaseTensor(NamedTuple):
@@ -73,6 +79,13 @@ class LoRAManager:
             self._places["lm_head"] = Place("lm_head", 0)
         self._host: dict[int, AdapterWeights] = {}
         self._slots = None if device.type == "cpu" else DeviceSlots(slabs.layout, num_slots, device)
+        self._sites = {
+            place.parameter: slabs.layout.site(place.slab.layer, place.slab.group)
+            for place in self._places.values()
+            if place.slab is not None
+        }
+        # Compiled operators read slabs in bfloat16; everything else goes through torch.
+        self._side = _side_stream(device) if slabs.dtype == torch.bfloat16 else None
 
     @property
     def versions(self) -> frozenset[int]:
@@ -146,10 +159,50 @@ class LoRAManager:
         if self._slots is not None:
             self._slots.load(slots, self._host)
 
-    def batch(self, versions: NDArray[np.int64]) -> BatchInfo | None:
+    def batch(self, versions: NDArray[np.int64]) -> LoRABatch | None:
         """The adapters of rows with these versions (int64 [T]), all loaded; None when no row has one."""
-        weights = self._host if self._slots is None else self._slots.weights
+        if not versions.any():
+            return None
+        if self._side is None:
+            return group_rows(versions, self._weights, self.device)
+        assert self._slots is not None
+        rows, slots = len(versions), self._slots.slabs.num_slots
+        tile = _DECODE_TILE if rows <= _DECODE_ROWS else _PROMPT_TILE
+        shape = BatchShape(1 << max(rows - 1, 63).bit_length(), slots, tile)
+        words = torch.empty(shape.words, dtype=torch.int32, pin_memory=True)
+        self.write_words(versions, shape, words.numpy())
+        return self.slab_batch(LoraBatch.to_device(words, shape, self.device), self.outside_slabs(versions))
+
+    def outside_slabs(self, versions: NDArray[np.int64]) -> BatchInfo | None:
+        """What these rows' adapters add to the embedding and the head (all of their modules, without slabs)."""
+        weights = self._weights
+        if self._side is not None:
+            rest = [v for v in np.unique(versions).tolist() if v != BASE_VERSION and weights[v].rest.numel()]
+            versions = np.where(np.isin(versions, rest), versions, BASE_VERSION)
         return group_rows(versions, weights, self.device)
+
+    # ---- captured steps --------------------------------------------------------------------------------------------
+
+    def words_shape(self, max_rows: int) -> BatchShape | None:
+        """Of the words of captured decode steps; None where adapters are applied by operators that read none."""
+        if self._side is None:
+            return None
+        assert self._slots is not None
+        return BatchShape(max_rows, self._slots.slabs.num_slots, _DECODE_TILE)
+
+    def slab_batch(self, words: LoraBatch, others: BatchInfo | None = None) -> SlabBatch:
+        """A batch that reads these words whenever its operators run."""
+        assert self._slots is not None and self._side is not None
+        return SlabBatch(self._slots.slabs, self._sites, words, self._side, others)
+
+    def write_words(self, versions: NDArray[np.int64], shape: BatchShape, out: NDArray[np.int32]) -> None:
+        """Fill the words of rows with these versions (int64 [T]), all loaded."""
+        assert self._slots is not None
+        build_batch(row_slots(versions, self._slots.versions), self._slots.slabs.ranks, shape, out)
+
+    @property
+    def _weights(self) -> Mapping[int, AdapterWeights]:
+        return self._host if self._slots is None else self._slots.weights
 
 
 def matrices(tensors: Mapping[str, BaseTensor]) -> dict[str, BaseTensor]:
@@ -159,6 +212,10 @@ def matrices(tensors: Mapping[str, BaseTensor]) -> dict[str, BaseTensor]:
         for name, tensor in tensors.items()
         if name.endswith(".weight") and len(tensor.shape) == 2
     }
+
+
+def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
 def _relative_error(packed: PackedWeight, copy: Tensor) -> float:

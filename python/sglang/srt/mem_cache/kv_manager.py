@@ -52,7 +52,7 @@ class KVManager:
         self.page_size = page_size
         self.allocator = PageAllocator(num_pages)
         self.cache = RadixCache(page_size, enable_cache)
-        self.table = ReqTable(max_slots, -(-max_tokens // page_size), page_size, device)
+        self.table = ReqTable(max_slots, -(-max_tokens // page_size), page_size, device, spare_page=num_pages)
 
     @property
     def capacity(self) -> int:

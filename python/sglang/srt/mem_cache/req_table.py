@@ -9,25 +9,32 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sglang.srt.mem_cache.page_allocator import Pages
 
 
 class ReqTable:
-    """[max_slots, max_pages] page numbers.
+    """[max_slots, max_pages] page numbers; on an accelerator there is a row more, of the slot `spare_slot`.
 
     Args:
         max_slots: sequences that can hold KV at once.
         max_pages: pages of the longest sequence.
+        spare_page: a page that is never allocated: padding of captured steps writes there.
     """
 
-    def __init__(self, max_slots: int, max_pages: int, page_size: int, device: torch.device) -> None:
+    def __init__(
+        self, max_slots: int, max_pages: int, page_size: int, device: torch.device, spare_page: int = 0
+    ) -> None:
         self.page_size = page_size
+        self.spare_slot, self.spare_page = max_slots, spare_page
         self.host = np.zeros((max_slots, max_pages), dtype=np.int32)
         self._shared = device.type == "cpu"
-        shared_or_copy = torch.from_numpy(self.host)
-        self.pages: Tensor = shared_or_copy if self._shared else shared_or_copy.to(device)
+        if self._shared:
+            self.pages: Tensor = torch.from_numpy(self.host)
+        else:
+            self.pages = torch.zeros(max_slots + 1, max_pages, dtype=torch.int32, device=device)
         self._free = list(range(max_slots - 1, -1, -1))
         self._pending: list[tuple[int, int, int]] = []
 
@@ -52,6 +59,17 @@ class ReqTable:
         self.host[slot, start : start + len(pages)] = pages
         if not self._shared:
             self._pending.append((slot, start, start + len(pages)))
+
+    def leave_to_step(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
+        """Forget writes of the single pages that tokens at these positions go to: the step that is launched next
+        writes them itself.
+
+        Args:
+            slots, positions: int64 [B].
+        """
+        if self._pending:
+            page = dict(zip(slots.tolist(), (positions // self.page_size).tolist(), strict=True))
+            self._pending = [p for p in self._pending if p[2] - p[1] != 1 or page.get(p[0]) != p[1]]
 
     def flush(self) -> None:
         """Copy what `write` changed since the last call to the device, in stream order."""

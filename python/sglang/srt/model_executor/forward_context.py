@@ -7,12 +7,15 @@ Shape legend: T tokens of the step over all sequences, B sequences, R rows that 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from sglang.srt.ops.linear import Product
+from sglang.srt.ops.packed import Parameter
 
 
 class KVPoolView(Protocol):
@@ -50,7 +53,10 @@ class StepShape:
 
 
 class AttentionBackend(Protocol):
-    """One implementation of paged causal attention. `plan` runs once a step, `forward` once a layer."""
+    """One implementation of paged causal attention. `plan` runs once a step, `forward` once a layer.
+
+    K and V of the new tokens are in the pool, at `out_locs`, before `forward` is called.
+    """
 
     def plan(self, shape: StepShape, req_slots: Tensor, out_locs: Tensor) -> None:
         """Prepare a step.
@@ -63,10 +69,10 @@ class AttentionBackend(Protocol):
         ...
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int, scale: float) -> Tensor:
-        """Store k, v at `out_locs`, attend causally.
+        """Attend causally.
 
         Args:
-            q: [T, num_heads, head_dim]; k, v: [T, num_kv_heads, head_dim].
+            q: [T, num_heads, head_dim]; k, v: [T, num_kv_heads, head_dim], of the new tokens. Heads are dense.
 
         Returns:
             [T, num_heads * head_dim]
@@ -74,16 +80,41 @@ class AttentionBackend(Protocol):
         ...
 
 
+@runtime_checkable
+class CapturableAttention(AttentionBackend, Protocol):
+    """A back end whose decode steps can be captured in a graph."""
+
+    def plan_decode(self, slots: Tensor, kv_lens: Tensor) -> None:
+        """Prepare a step of one new token for each of B sequences, whose values are read when its kernels run.
+
+        Args:
+            slots, kv_lens: int64 [B] on the device, as `plan` takes them.
+        """
+        ...
+
+
 class LoRABatch(Protocol):
     """The adapters of a set of rows. Rows of the base model are left as they are, bit for bit."""
+
+    def project(self, x: Tensor, weight: Parameter, bias: Tensor | None, parameter: str) -> Product:
+        """x weight^T + bias, and what each row's adapter makes of x: added, or still to be added.
+
+        Args:
+            x: [T, I]; weight: [O, I]; bias: [O].
+            parameter: the model's name of the weight, e.g. ``layers.0.qkv``.
+        """
+        ...
 
     def add_(self, y: Tensor, x: Tensor, parameter: str) -> None:
         """Add to y what each row's adapter makes of x.
 
         Args:
             y: [T, O], the base product of this parameter, any strides; x: [T, I], its input.
-            parameter: the model's name of the weight, e.g. ``layers.0.qkv``.
         """
+        ...
+
+    def changes(self, parameter: str) -> bool:
+        """Whether any of the adapters adds to this parameter's output."""
         ...
 
     def add_embedding_(self, y: Tensor, ids: Tensor, parameter: str) -> None:
@@ -96,16 +127,18 @@ class ForwardContext:
     """One step.
 
     Fields:
-        input_ids: int64 [T]; positions: int64 [T].
+        input_ids, positions: int64 [T].
+        out_locs: int64 [T], rows of the KV pool that the tokens' K and V go to.
+        kv_pool: the buffers.
         attention: the back end, already planned for this step.
-        logit_rows: int64 [R], rows of the hidden states that need logits.
         lora: adapters of the T rows; None when no row has one, and then no LoRA work of any kind happens.
     """
 
     input_ids: Tensor
     positions: Tensor
+    out_locs: Tensor
+    kv_pool: KVPoolView
     attention: AttentionBackend
-    logit_rows: Tensor
     lora: LoRABatch | None = None
 
 
@@ -116,8 +149,11 @@ class CausalLM(Protocol):
         """Hidden states after the final norm, [T, hidden_size]."""
         ...
 
-    def compute_logits(self, hidden: Tensor, lora: LoRABatch | None = None) -> Tensor:
-        """float32 logits [R, vocab_size] of `hidden` [R, hidden_size]; `lora` has the adapters of these R rows."""
+    def compute_logits(self, hidden: Tensor, lora: LoRABatch | None = None, out: Tensor | None = None) -> Tensor:
+        """Logits [R, vocab_size] of `hidden` [R, hidden_size], dense; `lora` has the adapters of these R rows.
+
+        They are of the model's dtype, or float32 where adapters add to them; in `out`, of the model's dtype, if given.
+        """
         ...
 
 

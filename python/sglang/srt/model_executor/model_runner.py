@@ -2,7 +2,8 @@
 
 Called by the scheduler only. `launch` queues a step and returns at once on an accelerator; `StepResult.read` waits for
 it. The token a sequence drew last stays on the device in `_last_tokens[slot]`, so the next step can be launched before
-anybody has read it.
+anybody has read it. Steps of decoding alone run as graphs, where there are any; every other step operation by
+operation.
 """
 
 from __future__ import annotations
@@ -19,9 +20,25 @@ from torch import Tensor
 
 from sglang.srt.lora.lora_manager import LoRAManager
 from sglang.srt.mem_cache.req_table import ReqTable
-from sglang.srt.model_executor.forward_context import AttentionBackend, CausalLM, ForwardContext, LoRABatch, StepShape
+from sglang.srt.model_executor.cuda_graph import DecodeGraphs, GraphSample, StepColumns
+from sglang.srt.model_executor.forward_context import (
+    AttentionBackend,
+    CapturableAttention,
+    CausalLM,
+    ForwardContext,
+    KVPoolView,
+    LoRABatch,
+    StepShape,
+)
 from sglang.srt.sampling.logprobs import HostScore, ScoreOutput
-from sglang.srt.sampling.sampler import HostSample, SampleOutput, Sampler, SamplingRow
+from sglang.srt.sampling.sampler import (
+    HostSample,
+    SampleOutput,
+    Sampler,
+    SamplingRow,
+    draws_whole,
+    row_uniforms,
+)
 
 SCORE_SLICE = 256
 """Prompt rows whose logits exist at once: 256 x 150k x 4 bytes is 150 MB."""
@@ -71,7 +88,7 @@ class StepResult:
         scores: one ScoreOutput list per ScoreRows of the input, in order.
     """
 
-    sample: SampleOutput | None
+    sample: SampleOutput | GraphSample | None
     scores: list[list[ScoreOutput]]
 
     def read(self) -> tuple[HostSample | None, list[list[HostScore]]]:
@@ -98,8 +115,8 @@ class RowAdapters(NamedTuple):
         return None if self.lora is None else self.lora.batch(self.versions)
 
     def of(self, rows: NDArray[np.int64]) -> LoRABatch | None:
-        """Of these rows, in this order."""
-        return None if self.lora is None else self.lora.batch(self.versions[rows])
+        """What changes the logits of these rows, in this order."""
+        return None if self.lora is None else self.lora.outside_slabs(self.versions[rows])
 
 
 class ModelRunner:
@@ -115,6 +132,7 @@ class ModelRunner:
         self,
         model: CausalLM,
         attention: AttentionBackend,
+        kv_pool: KVPoolView,
         sampler: Sampler,
         table: ReqTable,
         max_slots: int,
@@ -123,15 +141,60 @@ class ModelRunner:
     ) -> None:
         self.model = model
         self.attention = attention
+        self.kv_pool = kv_pool
         self.sampler = sampler
         self.table = table
         self.device = device
         self.lora = lora
-        self._last_tokens = torch.zeros(max_slots, dtype=torch.int64, device=device)
+        # One more than there are slots, for the padding of captured steps.
+        self._last_tokens = torch.zeros(max_slots + 1, dtype=torch.int64, device=device)
+        self._graphs: DecodeGraphs | None = None
+
+    def capture(self, attention: CapturableAttention, buckets: Sequence[int], dtype: torch.dtype) -> None:
+        """Capture decode steps of so many rows; nothing may be running.
+
+        Args:
+            attention: the runner's own.
+            dtype: of the logits.
+        """
+        parts = (self.model, attention, self.kv_pool, self.table, self.sampler, self._last_tokens, self.lora)
+        graphs = DecodeGraphs(*parts, buckets, dtype)
+        graphs.capture()
+        self._graphs = graphs
 
     @torch.inference_mode()
     def launch(self, step: StepInput) -> StepResult:
         """Queue one step; results are valid once `StepResult.read` returns."""
+        if self.lora is not None and step.versions.any():
+            self.lora.load(step.lora_slots)
+        decodes = len(step.decode_rows) == len(step.input_ids) and not step.scores
+        if decodes and self._graphs is not None and self._graphs.takes(len(step.slots), step.versions):
+            return self._replay(step, self._graphs)
+        return self._run(step)
+
+    def _replay(self, step: StepInput, graphs: DecodeGraphs) -> StepResult:
+        self.table.leave_to_step(step.slots, step.positions)
+        self.table.flush()
+        plan = self.sampler.plan(step.sampling)
+        columns = StepColumns(
+            step.positions,
+            step.out_locs,
+            step.slots,
+            step.shape.kv_lens,
+            step.versions,
+            plan.row_temperature,
+            row_uniforms(plan, step.sampling),
+        )
+        pending = graphs.launch(columns)
+        if draws_whole(plan, step.sampling):
+            return StepResult(GraphSample(pending, plan, len(step.slots)), [])
+        # What the graph has drawn is of no use: these rows want more than it can do.
+        sample = self.sampler.sample(graphs.logits[: len(step.slots)], step.sampling)
+        self._last_tokens[self._to_device(step.sample_slots)] = sample.tokens
+        sample.start_copy()
+        return StepResult(sample, [])
+
+    def _run(self, step: StepInput) -> StepResult:
         self.table.flush()
         tokens, rows, slots = self._upload(step)
         input_ids, positions, out_locs = tokens
@@ -142,7 +205,7 @@ class ModelRunner:
             input_ids[decode_rows] = self._last_tokens[decode_slots]
         self.attention.plan(step.shape, slots, out_locs)
         adapters = self._adapters(step)
-        ctx = ForwardContext(input_ids, positions, self.attention, rows, adapters.of_all())
+        ctx = ForwardContext(input_ids, positions, out_locs, self.kv_pool, self.attention, adapters.of_all())
         hidden = self.model.forward(ctx)
         scores = [self._score(hidden, wanted, adapters) for wanted in step.scores]
         sample = self._sample(hidden, rows, step, adapters)
@@ -156,7 +219,6 @@ class ModelRunner:
     def _adapters(self, step: StepInput) -> RowAdapters:
         if self.lora is None or not step.versions.any():
             return RowAdapters(None, _NO_VERSIONS)
-        self.lora.load(step.lora_slots)
         return RowAdapters(self.lora, np.repeat(step.versions, step.shape.query_lens))
 
     def _upload(self, step: StepInput) -> tuple[Tensor, Tensor, Tensor]:

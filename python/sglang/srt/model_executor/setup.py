@@ -21,7 +21,7 @@ from sglang.srt.lora.lora_manager import BaseTensor, LoRAManager, matrices
 from sglang.srt.managers.io_struct.wire import Ready
 from sglang.srt.mem_cache.kv_manager import KVManager
 from sglang.srt.mem_cache.kv_pool import KVPool, kv_bytes_per_token
-from sglang.srt.model_executor.forward_context import resolve_dtype
+from sglang.srt.model_executor.forward_context import CapturableAttention, resolve_dtype
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.models.decoder import DecoderForCausalLM
@@ -82,7 +82,8 @@ def build_engine(config: Config) -> Engine:
     lora = _create_lora(config, model, platform) if config.lora.enabled else None
     num_pages = _num_pages(config, platform)
     memory, schedule = config.memory, config.schedule
-    pool = _create_pool(config, num_pages, platform.device)
+    # One page more than is handed out, for the padding of captured steps.
+    pool = _create_pool(config, num_pages + 1, platform.device)
     kv = KVManager(
         num_pages=num_pages,
         page_size=memory.page_size,
@@ -94,8 +95,12 @@ def build_engine(config: Config) -> Engine:
     window = config.model.sliding_window
     attention = create_attention_backend(config.device.attention_backend, pool, kv.table, platform.device, window)
     original = environ.SGLANG_RETURN_ORIGINAL_LOGPROB.get()
-    sampler = Sampler(config.model.vocab_size, platform.device, return_original_logprob=original)
-    runner = ModelRunner(model, attention, sampler, kv.table, schedule.max_running_requests, platform.device, lora)
+    sampler = Sampler(config.model.vocab_size, platform.device, original, max_rows=schedule.max_running_requests)
+    runner = ModelRunner(
+        model, attention, pool, sampler, kv.table, schedule.max_running_requests, platform.device, lora
+    )
+    if config.device.cuda_graph_bs and isinstance(attention, CapturableAttention):
+        runner.capture(attention, config.device.cuda_graph_bs, resolve_dtype(config.load.dtype))
     logger.info(
         "%s on %s, %s: weights loaded in %.1f s, KV cache %d tokens (%.2f GiB)",
         *(config.model.architecture, platform.device, config.load.dtype, load_seconds, kv.capacity, pool.nbytes / GIB),

@@ -18,9 +18,9 @@ from sglang.srt.layers.rotary import RotaryEmbedding
 from sglang.srt.model_executor.forward_context import ForwardContext, LoRABatch
 from sglang.srt.models.weight_map import Cut, Parameter, Target, WeightMap
 from sglang.srt.ops.activation import silu_and_mul
-from sglang.srt.ops.linear import embedding, linear
+from sglang.srt.ops.linear import Product, embedding, linear, linear_out
 from sglang.srt.ops.norm import fused_add_rms_norm, rms_norm
-from sglang.srt.ops.rope import rotate_
+from sglang.srt.ops.rope import Heads, KVTarget, Rotation, attention_inputs
 from sglang.srt.platforms.platform import allocate_weights
 
 _ALIGNMENT = 64
@@ -34,22 +34,24 @@ class Projection:
     weight: Parameter
     bias: Tensor | None
 
-    def __call__(self, x: Tensor, lora: LoRABatch | None) -> Tensor:
+    def __call__(self, x: Tensor, lora: LoRABatch | None) -> Product:
         """[T, O] for x [T, I]; strides as `linear` leaves them."""
-        y = linear(x, self.weight, self.bias)
-        if lora is not None:
-            lora.add_(y, x, self.name)
-        return y
+        if lora is None:
+            return Product(linear(x, self.weight, self.bias))
+        return lora.project(x, self.weight, self.bias, self.name)
 
 
 @dataclass(slots=True)
 class Layer:
-    """Weights of one block, q/k/v and gate/up each fused into one matrix; optional ones are None."""
+    """Weights of one block, q/k/v and gate/up each fused into one matrix; optional ones are None.
+
+    The bias of q, k and v is added behind the projection, with all else that becomes of them.
+    """
 
     input_norm: Tensor
     qkv: Projection
-    q_norm: Tensor | None
-    k_norm: Tensor | None
+    qkv_bias: Tensor | None
+    heads: Heads
     out: Projection
     post_norm: Tensor
     gate_up: Projection
@@ -82,9 +84,9 @@ class DecoderForCausalLM:
         get = self._get
         return Layer(
             input_norm=get(f"{prefix}.input_norm"),
-            qkv=self._projection(f"{prefix}.qkv"),
-            q_norm=get(f"{prefix}.q_norm"),
-            k_norm=get(f"{prefix}.k_norm"),
+            qkv=Projection(f"{prefix}.qkv", self.parameters[f"{prefix}.qkv"], None),
+            qkv_bias=get(f"{prefix}.qkv_bias"),
+            heads=self._heads(get(f"{prefix}.q_norm"), get(f"{prefix}.k_norm")),
             out=self._projection(f"{prefix}.out"),
             post_norm=get(f"{prefix}.post_norm"),
             gate_up=self._projection(f"{prefix}.gate_up"),
@@ -93,6 +95,11 @@ class DecoderForCausalLM:
 
     def _projection(self, name: str) -> Projection:
         return Projection(name, self.parameters[name], self._get(f"{name}_bias"))
+
+    def _heads(self, q_norm: Tensor | None, k_norm: Tensor | None) -> Heads:
+        config = self.config
+        shape = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        return Heads(*shape, q_norm, k_norm, config.rms_norm_eps)
 
     def _get(self, name: str) -> Any:
         return self.parameters.get(name)
@@ -105,39 +112,36 @@ class DecoderForCausalLM:
     def forward(self, ctx: ForwardContext) -> Tensor:
         """Hidden states after the final norm, [T, H]."""
         eps = self.config.rms_norm_eps
-        cos, sin = self.rotary.angles(ctx.positions)
+        rotation = self.rotary.rotation(ctx.positions)
         residual = embedding(ctx.input_ids, self.embed_tokens)
         if ctx.lora is not None:
             ctx.lora.add_embedding_(residual, ctx.input_ids, "embed_tokens")
         x = rms_norm(residual, self.layers[0].input_norm, eps)
         for index, layer in enumerate(self.layers):
-            x = self._attention(layer, index, x, cos, sin, ctx)
-            x = fused_add_rms_norm(x, residual, layer.post_norm, eps)
-            x = silu_and_mul(layer.gate_up(x, ctx.lora))
-            x = layer.down(x, ctx.lora)
+            attended = self._attention(layer, index, x, rotation, ctx)
+            out = layer.out(attended, ctx.lora)
+            x = fused_add_rms_norm(out.y, residual, layer.post_norm, eps, out.delta)
+            x = silu_and_mul(*layer.gate_up(x, ctx.lora))
+            down = layer.down(x, ctx.lora)
             following = self.layers[index + 1].input_norm if index + 1 < len(self.layers) else self.norm
-            x = fused_add_rms_norm(x, residual, following, eps)
+            x = fused_add_rms_norm(down.y, residual, following, eps, down.delta)
         return x
 
-    def compute_logits(self, hidden: Tensor, lora: LoRABatch | None = None) -> Tensor:
-        """float32 logits [R, vocab_size] of `hidden` [R, H]; `lora` has the adapters of these R rows."""
-        logits = linear(hidden, self.lm_head).contiguous().float()
-        if lora is not None:
+    def compute_logits(self, hidden: Tensor, lora: LoRABatch | None = None, out: Tensor | None = None) -> Tensor:
+        """Logits [R, vocab_size] of `hidden` [R, H]: see CausalLM."""
+        if out is not None:
+            return linear_out(hidden, self.lm_head, out)
+        logits = linear(hidden, self.lm_head).contiguous()
+        if lora is not None and lora.changes("lm_head"):
+            logits = logits.float()
             lora.add_(logits, hidden, "lm_head")
         return logits
 
-    def _attention(self, layer: Layer, index: int, x: Tensor, cos: Tensor, sin: Tensor, ctx: ForwardContext) -> Tensor:
-        config = self.config
-        num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        qkv = layer.qkv(x, ctx.lora).contiguous()
-        qkv = qkv.view(len(x), num_heads + 2 * num_kv_heads, config.head_dim)
-        qk, v = qkv.split([num_heads + num_kv_heads, num_kv_heads], dim=1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = qk.split([num_heads, num_kv_heads], dim=1)
-            eps = config.rms_norm_eps
-            qk = torch.cat([rms_norm(q, layer.q_norm, eps), rms_norm(k, layer.k_norm, eps)], dim=1)
-        q, k = rotate_(qk, cos, sin).split([num_heads, num_kv_heads], dim=1)
-        return layer.out(ctx.attention.forward(q, k, v, index, self.scale), ctx.lora)
+    def _attention(self, layer: Layer, index: int, x: Tensor, rotation: Rotation, ctx: ForwardContext) -> Tensor:
+        qkv = layer.qkv(x, ctx.lora)
+        target = KVTarget(*ctx.kv_pool.layer(index), ctx.out_locs)
+        q, k, v = attention_inputs(qkv.y, layer.heads, rotation, target, layer.qkv_bias, qkv.delta)
+        return ctx.attention.forward(q, k, v, index, self.scale)
 
 
 def _allocate(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> dict[str, Parameter]:

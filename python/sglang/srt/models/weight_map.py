@@ -13,8 +13,7 @@ from torch import Tensor
 
 from sglang.srt.errors import WeightError
 from sglang.srt.ops.packed import PackedWeight, stack
-
-Parameter = Tensor | PackedWeight
+from sglang.srt.ops.packed import Parameter as Parameter
 
 
 class Cut(Enum):

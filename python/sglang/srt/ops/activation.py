@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from sgl_kernel import ops as gpu
+from sgl_kernel.types import LoraDelta
 from sglang.srt.ops.cpu import kernels
 
 
@@ -21,6 +23,13 @@ def silu_and_mul_reference(gate_up: Tensor) -> Tensor:
     return F.silu(gate_up[:, :size]).mul_(gate_up[:, size:])
 
 
-def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """`silu_and_mul_reference`, by a kernel where there is one."""
+def silu_and_mul(gate_up: Tensor, delta: LoraDelta | None = None) -> Tensor:
+    """`silu_and_mul_reference` of gate_up + delta, by a kernel where there is one.
+
+    Args:
+        delta: what adapters add to gate_up; on a GPU only.
+    """
+    if gate_up.is_cuda:
+        return gpu.silu_and_mul(gate_up, delta=delta)
+    assert delta is None
     return kernels.silu_and_mul(gate_up) if kernels.usable(gate_up) else silu_and_mul_reference(gate_up)

@@ -3,19 +3,35 @@
 On a CPU the product is cut along its outputs. MKL's float32 GEMM of a few rows with a row-major weight stays far below
 memory speed; as a batch of narrow products over the same, unpacked weight it took 0.6 of the time at 4 to 64 rows, and
 from 128 rows on saves little (two-core AVX-512 Xeon, one thread; `benchmark/kernels/cpu_decode.py`).
+
+On a GPU the product of a few rows is sgl_kernel's, which streams the weight at nearly the memory's speed; from
+`SKINNY_ROWS` rows on cuBLAS is faster (`benchmark/kernels/decode_gemm.py`).
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sgl_kernel import ops as gpu
+from sgl_kernel.types import LoraDelta
 from sglang.srt.ops.op import Op
 from sglang.srt.ops.packed import PackedWeight, packed_linear
 
 _BLOCK = 32
 _MIN_ROWS, _MAX_DOT_ROWS, _MAX_ROWS = 4, 8, 128
+SKINNY_ROWS = 16
+"""Rows up to which sgl_kernel's product is faster than cuBLAS's."""
+
+
+class Product(NamedTuple):
+    """Output of a projection, [T, O], and what adapters still add to it: the operation that reads it does that."""
+
+    y: Tensor
+    delta: LoraDelta | None = None
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -45,7 +61,21 @@ def _linear_mkl(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return y if bias is None else y.add_(bias)
 
 
-dense_linear = Op(linear_reference, {"cpu": _linear_mkl} if torch.backends.mkl.is_available() else {})
+def is_skinny(x: Tensor, weight: Tensor) -> bool:
+    """Whether sgl_kernel's product takes these, and is the faster one."""
+    fits = len(x) <= SKINNY_ROWS and x.dtype == torch.bfloat16 and x.shape[1] % 8 == 0
+    return fits and x.is_cuda and weight.stride(0) % 8 == 0
+
+
+def _linear_gpu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not is_skinny(x, weight):
+        return F.linear(x, weight, bias)
+    y = gpu.skinny_gemm(x, weight)
+    return y if bias is None else y.add_(bias)
+
+
+_KERNELS = {"cuda": _linear_gpu} | ({"cpu": _linear_mkl} if torch.backends.mkl.is_available() else {})
+dense_linear = Op(linear_reference, _KERNELS)
 
 
 def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -53,6 +83,12 @@ def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None)
     if isinstance(weight, PackedWeight):
         return packed_linear(x, weight, bias)
     return dense_linear(x, weight, bias)
+
+
+def linear_out(x: Tensor, weight: Tensor | PackedWeight, out: Tensor) -> Tensor:
+    """x @ weight^T written to out, [T, O]; dense weights on a GPU."""
+    assert isinstance(weight, Tensor)
+    return gpu.skinny_gemm(x, weight, out) if is_skinny(x, weight) else torch.mm(x, weight.t(), out=out)
 
 
 def embedding(ids: Tensor, weight: Tensor | PackedWeight) -> Tensor:

@@ -1,4 +1,4 @@
-"""Low-rank additions to a projection, the torch reference (Hu et al. 2021).
+"""Low-rank additions to a projection (Hu et al. 2021): the torch reference, and sgl_kernel's for adapters in slabs.
 
 Shape legend: T token rows of a step, N of them of one adapter version, r rank, I inputs, O outputs of the module.
 Sums are taken in float32 whatever the dtype: y is rounded once, after the addition.
@@ -6,7 +6,13 @@ Sums are taken in float32 whatever the dtype: y is rounded once, after the addit
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from sgl_kernel import ops as gpu
+from sgl_kernel.lora.layout import LoraSite
+from sgl_kernel.types import LoraBatch, LoraDelta, LoraSlabs
+from sglang.srt.ops.linear import Product, dense_linear, is_skinny
 
 
 def lora_add_(y: Tensor, x: Tensor, rows: Tensor | None, a: Tensor, b: Tensor, scale: float, out_start: int) -> Tensor:
@@ -41,3 +47,27 @@ def _add_(y: Tensor, shrunk: Tensor, rows: Tensor | None, b: Tensor, out_start: 
     else:
         target.index_copy_(0, rows, (target[rows] + delta).to(y.dtype))
     return y
+
+
+def lora_project(
+    x: Tensor, weight: Tensor, slabs: LoraSlabs, site: LoraSite, batch: LoraBatch, side: torch.cuda.Stream
+) -> Product:
+    """x weight^T, and u = x A^T of the adapters in slabs, for the operation that reads the product to add B u.
+
+    Few rows: both in one kernel. More: u on the side stream, beside the product.
+
+    Args:
+        x: [T, I]; weight: [O, I], both bfloat16.
+    """
+    u = torch.empty(len(x), site.u_width, dtype=x.dtype, device=x.device)
+    if is_skinny(x, weight):
+        y = gpu.skinny_gemm(x, weight, shrink=(slabs, site, batch, u))
+    else:
+        main = torch.cuda.current_stream()
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            gpu.lora_shrink(x, slabs, site, batch, u)
+        y = dense_linear(x, weight)
+        # The allocator knows u and x as the main stream's; nothing frees them before this.
+        main.wait_stream(side)
+    return Product(y, LoraDelta(u, slabs, site, batch))

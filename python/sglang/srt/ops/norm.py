@@ -1,4 +1,7 @@
-"""Root-mean-square normalisation. Statistics are taken in float32 whatever the dtype (Zhang and Sennrich 2019)."""
+"""Root-mean-square normalisation. Statistics are taken in float32 whatever the dtype (Zhang and Sennrich 2019).
+
+On a GPU these are sgl_kernel's, which also add what a projection's adapters still have to add.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sgl_kernel import ops as gpu
+from sgl_kernel.types import LoraDelta
 from sglang.srt.ops.cpu import kernels
 
 
@@ -15,6 +20,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Args:
         x: [..., H]; weight: [H] of the same dtype.
     """
+    if x.is_cuda:
+        return gpu.rmsnorm(x.contiguous(), weight, eps)
     if x.dtype != torch.float32:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
     # Half the time of F.rms_norm on a CPU: the reduction is one call, the small calls touch one number a row.
@@ -31,8 +38,18 @@ def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: flo
     return rms_norm(residual.add_(x), weight, eps)
 
 
-def fused_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`add_rms_norm_reference`, by a kernel where there is one."""
+def fused_add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, delta: LoraDelta | None = None
+) -> Tensor:
+    """`add_rms_norm_reference` of x + delta, by a kernel where there is one; x may be overwritten.
+
+    Args:
+        delta: what adapters add to x; on a GPU only.
+    """
+    if x.is_cuda:
+        gpu.fused_add_rmsnorm(x, residual, weight, eps, delta=delta)
+        return x
+    assert delta is None
     if kernels.usable(x, residual):
         return kernels.add_rms_norm(x, residual, weight, eps)
     return add_rms_norm_reference(x, residual, weight, eps)

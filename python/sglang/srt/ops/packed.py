@@ -96,6 +96,9 @@ class PackedWeight:
         return PackedWeight(self.format, self.data[index]).unpack()
 
 
+Parameter = Tensor | PackedWeight
+
+
 def unpack_reference(weight: PackedWeight) -> Tensor:
     """float32 [O, I] by torch operations."""
     layout = FORMATS[weight.format]

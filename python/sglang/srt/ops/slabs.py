@@ -18,10 +18,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sgl_kernel.lora.batch import BatchShape as BatchShape
+from sgl_kernel.lora.batch import build_batch as build_batch
 from sgl_kernel.lora.layout import RANK_STEP, LoraGroup, round_up
 from sgl_kernel.lora.layout import LoraLayout as LoraLayout
+from sgl_kernel.lora.layout import LoraSite as LoraSite
 from sgl_kernel.lora.peft import DECODER_MODULES
 from sgl_kernel.lora.slab import LoraModule, pack_slab
+from sgl_kernel.types import LoraBatch as LoraBatch
 from sgl_kernel.types import LoraSlabs as LoraSlabs
 
 _MATRIX = re.compile(r"model\.layers\.(\d+)\.(.+)")

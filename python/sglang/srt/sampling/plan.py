@@ -117,6 +117,8 @@ class SamplingPlan:
         plain, filtered: rows drawn from the whole distribution, and rows with top-k, top-p or min-p.
         plain_soft, filtered_soft, logprob_soft: the same rows (and `logprob`) by their place among the soft rows.
         logprob: rows that report log-probabilities; top, ids: those that report alternatives.
+        whole: whether all rows are greedy or drawn from their whole distribution, and report nothing but the
+            log-probability of their token, as `RowSampler` has it. `row_temperature`: float32 [R], 0 for greedy ones.
         token_ids: int64 [ids, longest list], padded with 0, for `ids`.
     """
 
@@ -142,6 +144,16 @@ class SamplingPlan:
         self.logprob = self._among_all(wants)
         self.logprob_soft = None if original_logprob else self._among_soft(self.logprob)
         self._plan_alternatives(rows)
+        greedy = set(self.greedy.rows)
+        at_one = all(specs[i].temperature == 1.0 for i in wants if original_logprob or i in greedy)
+        self.whole = at_one and not (self.filtered or self.top or self.ids)
+        temperatures = [0.0 if i in greedy else min(spec.temperature, FLOAT_MAX) for i, spec in enumerate(specs)]
+        self.row_temperature = np.asarray(temperatures, np.float32)
+
+    @functools.cached_property
+    def row_temperature_on_device(self) -> Tensor:
+        """`row_temperature` as a tensor."""
+        return to_device(self.row_temperature, self.device)
 
     def _among_all(self, rows: list[int]) -> RowSet:
         return RowSet(rows, self._size, self.device)

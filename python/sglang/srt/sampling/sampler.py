@@ -6,12 +6,16 @@ spec and its position: same seed, same text, whatever the batch around it. Nothi
 Invariants: penalties act on raw logits, then temperature, softmax, and top-k, top-p, min-p on those probabilities
 (each on the whole distribution: none renormalises for the next). Reported log-probabilities are those after penalties
 and temperature, before the filters, or of the raw logits with `return_original_logprob`.
+
+Batches of which no row wants more than its token (`SamplingPlan.whole`) take two kernels on a GPU, see `draw_rows`;
+captured steps call those directly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -34,6 +38,34 @@ SCORE_AFTER_TEMPERATURE = True
 0.5.12 divides only the output's logits by the temperature.)"""
 SCORE_ROWS = 64
 """Prompt positions whose weights are in memory at once."""
+
+
+class DrawRows(Protocol):
+    """`ops.triton.sampling.RowSampler.sample`."""
+
+    def __call__(
+        self, logits: Tensor, temperature: Tensor, uniforms: Tensor, tokens: Tensor, logprobs: Tensor, bad: Tensor
+    ) -> None:
+        """One token per row, all in place."""
+
+
+def _row_kernels(max_rows: int, vocab_size: int, device: torch.device) -> DrawRows | None:
+    if not max_rows or device.type != "cuda":
+        return None
+    from sglang.srt.ops.triton.sampling import RowSampler
+
+    return RowSampler(max_rows, vocab_size, device).sample
+
+
+def draws_whole(plan: SamplingPlan, rows: Sequence[SamplingRow]) -> bool:
+    """Whether `draw_rows` gives these rows all that they want."""
+    return plan.whole and all(row.penalties is None for row in rows)
+
+
+def row_uniforms(plan: SamplingPlan, rows: Sequence[SamplingRow]) -> NDArray[np.float64]:
+    """The uniform number of every row's next token, [R]."""
+    positions = np.fromiter((row.position for row in rows), np.uint64, len(rows))
+    return uniforms(plan.seeds, positions)
 
 
 @dataclass(slots=True)
@@ -96,26 +128,33 @@ class Sampler:
     Args:
         vocab_size: V, width of the logits.
         return_original_logprob: report log-probabilities of the raw logits, before penalties and temperature.
+        max_rows: the most that one batch has; on a GPU with Triton, memory for their kernels. 0: never use these.
     """
 
-    def __init__(self, vocab_size: int, device: torch.device, return_original_logprob: bool = False) -> None:
+    def __init__(
+        self, vocab_size: int, device: torch.device, return_original_logprob: bool = False, max_rows: int = 0
+    ) -> None:
         self.vocab_size = vocab_size
         self.device = device
         self.return_original_logprob = return_original_logprob
         self._draws = host_draw if device.type == "cpu" else device_draw
         self._workspace = Workspace(vocab_size, device)
         self._plan: SamplingPlan | None = None
+        self.draw_rows: DrawRows | None = _row_kernels(max_rows, vocab_size, device)
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> SampleOutput:
         """One token per row; the tokens are also counted in the rows' penalties.
 
         Args:
-            logits: float32 [R, V], contiguous. Rows with penalties are overwritten.
+            logits: [R, V], contiguous. Rows with penalties are overwritten.
             rows: what each row wants.
         """
         assert logits.shape == (len(rows), self.vocab_size), (logits.shape, len(rows), self.vocab_size)
-        plan = self._plan_for(rows)
+        plan = self.plan(rows)
+        if self.draw_rows is not None and draws_whole(plan, rows):
+            return self._draw_whole(logits, plan, rows)
+        logits = logits.float()
         penalties = [(i, row.position, row.penalties) for i, row in enumerate(rows) if row.penalties is not None]
         keep_raw = self.return_original_logprob and bool(penalties) and len(plan.logprob) > 0
         reported = logits.clone() if keep_raw else logits
@@ -147,7 +186,7 @@ class Sampler:
         """Log-probabilities of prompt tokens; call it for as many positions at a time as logits fit in memory.
 
         Args:
-            logits: float32 [P, V], unchanged; targets: int64 [P], the token that follows each position.
+            logits: [P, V], unchanged; targets: int64 [P], the token that follows each position.
             top_num: alternatives to report at each position; token_ids: tokens to report at each position.
         """
         assert len(logits) == len(targets) > 0, (len(logits), len(targets))
@@ -155,7 +194,7 @@ class Sampler:
         wanted = to_device(np.asarray(token_ids, np.int64), self.device)
         chosen, top_ids, top_logprobs, ids_logprobs = [], [], [], []
         for start in range(0, len(targets), SCORE_ROWS):
-            part = logits[start : start + SCORE_ROWS]
+            part = logits[start : start + SCORE_ROWS].float()
             size = len(part)
             normalizer = self._workspace.weights(part, None if temperature is None else temperature[:size]).normalizer
             chosen.append(normalizer.logprobs(part.gather(1, targets[start : start + size, None]).squeeze(1)))
@@ -177,10 +216,25 @@ class Sampler:
             return None
         return torch.full((SCORE_ROWS,), min(spec.temperature, FLOAT_MAX), device=self.device)
 
-    def _plan_for(self, rows: Sequence[SamplingRow]) -> SamplingPlan:
+    def plan(self, rows: Sequence[SamplingRow]) -> SamplingPlan:
+        """How these rows are sampled: the plan of the last batch if nothing has changed."""
         if self._plan is None or self._plan.key != plan_key(rows):
             self._plan = SamplingPlan(rows, self.vocab_size, self.device, self.return_original_logprob)
         return self._plan
+
+    def _draw_whole(self, logits: Tensor, plan: SamplingPlan, rows: Sequence[SamplingRow]) -> SampleOutput:
+        assert self.draw_rows is not None
+        output = SampleOutput(
+            tokens=torch.empty(len(rows), dtype=torch.int64, device=self.device),
+            bad_rows=torch.empty(len(rows), dtype=torch.bool, device=self.device),
+            plan=plan,
+        )
+        logprobs = torch.empty(len(rows), dtype=torch.float32, device=self.device)
+        numbers = to_device(row_uniforms(plan, rows), self.device)
+        temperature = plan.row_temperature_on_device
+        self.draw_rows(logits, temperature, numbers, tokens=output.tokens, logprobs=logprobs, bad=output.bad_rows)
+        output.logprobs = logprobs if len(plan.logprob) else None
+        return output
 
     def _take_greedy(self, logits: Tensor, output: SampleOutput) -> None:
         """Fill tokens and bad_rows of the greedy rows."""

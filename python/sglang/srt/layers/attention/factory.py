@@ -20,4 +20,8 @@ def create_attention_backend(
         from sglang.srt.layers.attention.torch_native import TorchNativeAttention
 
         return TorchNativeAttention(kv_pool, page_table, device, sliding_window)
-    raise ConfigError(f"--attention-backend {name!r} is not known; use torch_native")
+    if name == "triton":
+        from sglang.srt.layers.attention.triton import TritonAttention
+
+        return TritonAttention(kv_pool, page_table, device, sliding_window)
+    raise ConfigError(f"--attention-backend {name!r} is not known; use triton or torch_native")

@@ -76,7 +76,6 @@ class TorchNativeAttention:
         self.page_table = page_table
         self.device = device
         self.window = sliding_window
-        self._out_locs = torch.empty(0, dtype=torch.int64)
         self._decodes: list[_Decodes] = []
         self._prefills: list[_Prefill] = []
         self._masks: dict[int, Tensor] = {}
@@ -84,7 +83,6 @@ class TorchNativeAttention:
 
     def plan(self, shape: StepShape, req_slots: Tensor, out_locs: Tensor) -> None:
         """See AttentionBackend."""
-        self._out_locs = out_locs
         self._masks.clear()
         query_lens, kv_lens = shape.query_lens.astype(np.int64), shape.kv_lens.astype(np.int64)
         ends = np.cumsum(query_lens)
@@ -103,7 +101,6 @@ class TorchNativeAttention:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, layer_id: int, scale: float) -> Tensor:
         """See AttentionBackend."""
         k_pool, v_pool = self.kv_pool.layer(layer_id)
-        ops.store_kv(k, v, k_pool, v_pool, self._out_locs)
         if len(self._decodes) == 1 and self._decodes[0].rows is None:
             return self._decode(q, (k_pool, v_pool), self._decodes[0], scale)
         out = q.new_empty(len(q), q.shape[1] * q.shape[2])

@@ -1,0 +1,1 @@
+"""Operations of the server as Triton kernels; imports triton, so ask for a module by name."""
