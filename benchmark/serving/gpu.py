@@ -56,7 +56,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--only", type=_names, default=CASES, metavar="CASE,…", help=f"of {','.join(CASES)} (default: all)")
     add("--url", help="measure a server that runs already; it must serve the model of --model and --cache")
     add("--name", help="of the server in the records (default: lora and plain, or given for --url)")
-    add("--server-args", default="", help="more launch flags, as one quoted string")
+    add("--server-args", default="", help="more launch flags as one string; with --url, those it was started with")
     add("--concurrency", type=int, nargs="+", default=default.concurrencies, help="(default: 1 16 64 256)")
     add("--requests", type=int, default=default.requests,
         help="requests per unit of concurrency, below 256 (default: %(default)s)")  # fmt: skip
@@ -106,7 +106,9 @@ class Run:
     async def all(self) -> None:
         """Every server, one after the other."""
         if self.arguments.url:
-            await self._on(Server(self.arguments.name or "given", [], Path(), self.arguments.url), self.arguments.only)
+            flags = shlex.split(self.arguments.server_args)
+            server = Server(self.arguments.name or "given", flags, Path(), self.arguments.url)
+            await self._on(server, tuple(case for case in self.arguments.only if case != "startup"))
             return
         lora_cases = tuple(case for case in self.arguments.only if case != "plain")
         if lora_cases:

@@ -21,7 +21,7 @@ def tables(records: Records) -> str:
     problems = [f"- {r['case']} ({r['server']}): {r['error'].splitlines()[0]}" for r in records if "error" in r]
     if problems:
         parts.append("## Problems\n" + "\n".join(problems))
-    return "\n\n".join(filter(None, parts)) + "\n"
+    return "\n\n".join([*filter(None, parts), f"Beside ours: {reference.SOURCE}"]) + "\n"
 
 
 def load(path: Path) -> Records:

@@ -52,6 +52,8 @@ def _decode(pyplot: Any, records: Records) -> Any:
         panel.plot(list(values), list(values.values()), "o-", label=name)
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
+    ticks = sorted({c for values in [*ours.values(), reference.DECODE_MS["limit"]] for c in values})
+    panel.set_xticks(ticks, [str(c) for c in ticks])
     panel.set_xlabel("concurrent requests")
     panel.set_ylabel("ms per token and request")
     panel.grid(visible=True, which="both", alpha=0.2)
@@ -67,7 +69,10 @@ def _summary(pyplot: Any, records: Records) -> Any:
     for panel, (title, (mine, others)) in zip(panels[0], bars.items(), strict=True):
         values = mine | others
         colours = ["#4878a8"] * len(mine) + ["#bbbbbb"] * (len(values) - len(mine))
-        panel.bar_label(panel.bar(list(values), list(values.values()), color=colours), fmt="%.3g", padding=2)
+        panel.bar_label(
+            panel.bar(list(values), list(values.values()), color=colours), fmt="%.4g", padding=2, fontsize=8
+        )
+        panel.margins(y=0.12)
         panel.set_title(title, fontsize=9)
         panel.tick_params(axis="x", rotation=60, labelsize=7)
     return figure
@@ -91,7 +96,8 @@ def _title(records: Records) -> str:
     last = records[-1]
     device = last["device"]
     where = device["cpu"] if device["gpu"] == "none" else device["gpu"]
-    return f"{last['model']} on {where}, commit {last['commit']}, torch {last['versions']['torch']}"
+    run = f"{last['model']} on {where}, commit {last['commit']}, torch {last['versions']['torch']}"
+    return f"{run}\nbroken lines and grey bars: {reference.MEASURED_ON}"
 
 
 def main() -> None:

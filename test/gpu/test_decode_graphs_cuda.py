@@ -95,7 +95,7 @@ def test_base_traffic_has_the_bits_of_a_server_without_adapters(served: Served) 
 
 def test_publish_between_replays(served: Served) -> None:
     """A slot that gets another adapter: what runs afterwards has the new one's numbers, the graph is the same."""
-    bench = served.bench(slots=2)
+    bench = served.bench(slots=2, disable_radix_cache=True)
     for req_id, version in enumerate([1, 2, 3, 4, 2, 1]):
         bench.submit(req_id, prompt(9, 1), 6, score_prompt=False, version_id=version, temperature=0.0)
         bench.run()

@@ -78,14 +78,14 @@ class LoRAManager:
             self._tensors["lm_head.weight"] = self._tensors["model.embed_tokens.weight"]
             self._places["lm_head"] = Place("lm_head", 0)
         self._host: dict[int, AdapterWeights] = {}
-        self._slots = None if device.type == "cpu" else DeviceSlots(slabs.layout, num_slots, device)
+        self._fused = takes_slabs(device, slabs.dtype)
+        rows = device.type != "cpu" or self._fused
+        self._slots = DeviceSlots(slabs.layout, num_slots, device) if rows else None
         self._sites = {
             place.parameter: slabs.layout.site(place.slab.layer, place.slab.group)
             for place in self._places.values()
             if place.slab is not None
         }
-        # Compiled operators read slabs in bfloat16; everything else goes through torch.
-        self._side = _side_stream(device) if slabs.dtype == torch.bfloat16 else None
 
     @property
     def versions(self) -> frozenset[int]:
@@ -163,20 +163,20 @@ class LoRAManager:
         """The adapters of rows with these versions (int64 [T]), all loaded; None when no row has one."""
         if not versions.any():
             return None
-        if self._side is None:
+        if not self._fused:
             return group_rows(versions, self._weights, self.device)
         assert self._slots is not None
         rows, slots = len(versions), self._slots.slabs.num_slots
         tile = _DECODE_TILE if rows <= _DECODE_ROWS else _PROMPT_TILE
         shape = BatchShape(1 << max(rows - 1, 63).bit_length(), slots, tile)
-        words = torch.empty(shape.words, dtype=torch.int32, pin_memory=True)
+        words = torch.empty(shape.words, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         self.write_words(versions, shape, words.numpy())
         return self.slab_batch(LoraBatch.to_device(words, shape, self.device), self.outside_slabs(versions))
 
     def outside_slabs(self, versions: NDArray[np.int64]) -> BatchInfo | None:
         """What these rows' adapters add to the embedding and the head (all of their modules, without slabs)."""
         weights = self._weights
-        if self._side is not None:
+        if self._fused:
             rest = [v for v in np.unique(versions).tolist() if v != BASE_VERSION and weights[v].rest.numel()]
             versions = np.where(np.isin(versions, rest), versions, BASE_VERSION)
         return group_rows(versions, weights, self.device)
@@ -185,15 +185,15 @@ class LoRAManager:
 
     def words_shape(self, max_rows: int) -> BatchShape | None:
         """Of the words of captured decode steps; None where adapters are applied by operators that read none."""
-        if self._side is None:
+        if not self._fused:
             return None
         assert self._slots is not None
         return BatchShape(max_rows, self._slots.slabs.num_slots, _DECODE_TILE)
 
     def slab_batch(self, words: LoraBatch, others: BatchInfo | None = None) -> SlabBatch:
         """A batch that reads these words whenever its operators run."""
-        assert self._slots is not None and self._side is not None
-        return SlabBatch(self._slots.slabs, self._sites, words, self._side, others)
+        assert self._slots is not None
+        return SlabBatch(self._slots.slabs, self._sites, words, others)
 
     def write_words(self, versions: NDArray[np.int64], shape: BatchShape, out: NDArray[np.int32]) -> None:
         """Fill the words of rows with these versions (int64 [T]), all loaded."""
@@ -205,6 +205,11 @@ class LoRAManager:
         return self._host if self._slots is None else self._slots.weights
 
 
+def takes_slabs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether adapters are applied by operators that read slabs; elsewhere torch applies them one by one."""
+    return device.type == "cuda" and dtype == torch.bfloat16
+
+
 def matrices(tensors: Mapping[str, BaseTensor]) -> dict[str, BaseTensor]:
     """The tensors that adapters may add to, by module name."""
     return {
@@ -212,10 +217,6 @@ def matrices(tensors: Mapping[str, BaseTensor]) -> dict[str, BaseTensor]:
         for name, tensor in tensors.items()
         if name.endswith(".weight") and len(tensor.shape) == 2
     }
-
-
-def _side_stream(device: torch.device) -> torch.cuda.Stream | None:
-    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
 def _relative_error(packed: PackedWeight, copy: Tensor) -> float:

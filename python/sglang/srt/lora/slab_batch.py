@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -28,7 +27,6 @@ class SlabBatch:
     Args:
         sites: where the factors of a parameter lie in a slab; others have none.
         words: of the rows, by slot.
-        side: a stream for what runs beside a product.
         others: what slabs do not hold.
     """
 
@@ -37,11 +35,9 @@ class SlabBatch:
         slabs: LoraSlabs,
         sites: Mapping[str, LoraSite],
         words: LoraBatch,
-        side: torch.cuda.Stream,
         others: BatchInfo | None = None,
     ) -> None:
-        self._slabs, self._sites, self._words, self._side = slabs, sites, words, side
-        self._others = others
+        self._slabs, self._sites, self._words, self._others = slabs, sites, words, others
 
     def project(self, x: Tensor, weight: Parameter, bias: Tensor | None, parameter: str) -> Product:
         """See LoRABatch; the adapters' part is left to be added."""
@@ -49,7 +45,7 @@ class SlabBatch:
         site = self._sites.get(parameter)
         if site is None:
             return Product(linear(x, weight, bias))
-        product = lora_project(x, weight, self._slabs, site, self._words, self._side)
+        product = lora_project(x, weight, self._slabs, site, self._words)
         if bias is not None:
             product.y.add_(bias)
         return product

@@ -26,8 +26,8 @@ def violations(planner: Planner, num_requests: int, versions: Set[int] = frozens
     missing = kv.allocator.num_pages - kv.allocator.num_free - kv.cache.evictable_pages - kv.cache.locked_pages
     if missing:
         found.append(f"{missing} KV pages belong to nobody")
-    if kv.table.num_free != len(kv.table.host):
-        found.append(f"{len(kv.table.host) - kv.table.num_free} sequence slots belong to nobody")
+    if kv.table.num_free != kv.table.max_slots:
+        found.append(f"{kv.table.max_slots - kv.table.num_free} sequence slots belong to nobody")
     if planner.lora_slots.num_holds:
         found.append(f"{planner.lora_slots.num_holds} holds of adapter slots belong to nobody")
     for what, used in (("prefix-cache pages", kv.cache.versions), ("a slot", set(planner.lora_slots.versions))):

@@ -64,7 +64,7 @@ class StatsCollector:
             num_used_tokens=kv.used,
             num_cached_tokens=kv.cache.evictable_pages * kv.page_size,
             max_total_num_tokens=kv.capacity,
-            max_running_requests=len(kv.table.host),
+            max_running_requests=kv.table.max_slots,
             gen_throughput=throughput,
             cache_hit_rate=hit_rate,
             prompt_tokens_total=self.prompt_tokens,

@@ -16,25 +16,23 @@ from sglang.srt.mem_cache.page_allocator import Pages
 
 
 class ReqTable:
-    """[max_slots, max_pages] page numbers; on an accelerator there is a row more, of the slot `spare_slot`.
+    """[max_slots + 1, max_pages] page numbers; the last row is no sequence's.
 
     Args:
         max_slots: sequences that can hold KV at once.
         max_pages: pages of the longest sequence.
-        spare_page: a page that is never allocated: padding of captured steps writes there.
+        spare_page: a page that is never allocated: with the last row, where padding of captured steps goes.
     """
 
     def __init__(
         self, max_slots: int, max_pages: int, page_size: int, device: torch.device, spare_page: int = 0
     ) -> None:
         self.page_size = page_size
-        self.spare_slot, self.spare_page = max_slots, spare_page
-        self.host = np.zeros((max_slots, max_pages), dtype=np.int32)
+        self.max_slots, self.spare_page = max_slots, spare_page
+        self.host = np.zeros((max_slots + 1, max_pages), dtype=np.int32)
         self._shared = device.type == "cpu"
-        if self._shared:
-            self.pages: Tensor = torch.from_numpy(self.host)
-        else:
-            self.pages = torch.zeros(max_slots + 1, max_pages, dtype=torch.int32, device=device)
+        shared_or_copy = torch.from_numpy(self.host)
+        self.pages: Tensor = shared_or_copy if self._shared else shared_or_copy.to(device)
         self._free = list(range(max_slots - 1, -1, -1))
         self._pending: list[tuple[int, int, int]] = []
 

@@ -15,8 +15,10 @@ from __future__ import annotations
 import bisect
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,6 +55,11 @@ class StepColumns:
     uniforms: np.ndarray
 
 
+_NOTHING = np.empty(0, np.int64)
+_PADDING = StepColumns(*[_NOTHING] * 7)
+"""A step that is all padding."""
+
+
 @dataclass(frozen=True, slots=True)
 class GraphSample:
     """Results of a replay on their way; as sampling.SampleOutput."""
@@ -69,6 +76,16 @@ class GraphSample:
         found = {name: column[: self.rows] for name, column in self.columns.wait().items()}
         logprobs = found["logprobs"] if len(self.plan.logprob) else None
         return HostSample(found["tokens"], logprobs, found["bad"], {}, {})
+
+
+def capture_graph(run: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
+    """The graph of what `run` enqueues, in the memory of `pool` (None: in memory of its own)."""
+    run()  # compiles and allocates whatever is left to
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        run()
+    return graph
 
 
 class DecodeGraphs:
@@ -139,12 +156,8 @@ class DecodeGraphs:
         total = len(variants) * len(self._buckets)
         for bucket in reversed(self._buckets):
             for adapters in variants:
-                self._fill(self._padding(), bucket, adapters)
-                self._run(bucket, adapters)  # compiles and allocates whatever is left to
-                torch.cuda.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool):
-                    self._run(bucket, adapters)
+                self._fill(_PADDING, bucket, adapters)
+                graph = capture_graph(partial(self._run, bucket, adapters), pool)
                 self._graphs[bucket, adapters] = graph
                 pool = pool or graph.pool()
             if time.perf_counter() - started > 2.0 * (1 + len(self._graphs) / total):
@@ -159,17 +172,13 @@ class DecodeGraphs:
         self._graphs[bucket, adapters].replay()
         return self._outputs.download()
 
-    def _padding(self) -> StepColumns:
-        ints, floats = np.empty(0, np.int64), np.empty(0)
-        return StepColumns(ints, ints, ints, ints, ints, floats, floats)
-
     def _fill(self, columns: StepColumns, bucket: int, adapters: bool) -> None:
         """Send the columns of a step, and of the rows that pad it, to the device."""
         rows, host, table = len(columns.slots), self._inputs.next(), self._table
         for name, values, padding in (
             ("positions", columns.positions, 0),
             ("locs", columns.out_locs, table.spare_page * table.page_size),
-            ("slots", columns.slots, table.spare_slot),
+            ("slots", columns.slots, table.max_slots),
             ("kv_lens", columns.kv_lens, 1),
             ("temperature", columns.temperature, 0.0),
             ("uniforms", columns.uniforms, 0.0),

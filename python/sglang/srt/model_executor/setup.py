@@ -53,7 +53,7 @@ class Engine:
             pid=os.getpid(),
             max_total_num_tokens=self.kv.capacity,
             max_req_input_len=min(context, self.kv.capacity) - 1,
-            max_running_requests=len(self.kv.table.host),
+            max_running_requests=self.config.schedule.max_running_requests,
             context_length=context,
             device=str(self.runner.device),
             dtype=self.config.load.dtype,

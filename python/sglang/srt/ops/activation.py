@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from sgl_kernel import ops as gpu
+from sgl_kernel import ops as fused
 from sgl_kernel.types import LoraDelta
 from sglang.srt.ops.cpu import kernels
 
@@ -27,9 +27,8 @@ def silu_and_mul(gate_up: Tensor, delta: LoraDelta | None = None) -> Tensor:
     """`silu_and_mul_reference` of gate_up + delta, by a kernel where there is one.
 
     Args:
-        delta: what adapters add to gate_up; on a GPU only.
+        delta: what adapters add to gate_up.
     """
-    if gate_up.is_cuda:
-        return gpu.silu_and_mul(gate_up, delta=delta)
-    assert delta is None
+    if gate_up.is_cuda or delta is not None:
+        return fused.silu_and_mul(gate_up, delta=delta)
     return kernels.silu_and_mul(gate_up) if kernels.usable(gate_up) else silu_and_mul_reference(gate_up)

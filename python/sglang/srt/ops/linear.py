@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sgl_kernel import ops as gpu
+from sgl_kernel import ops as fused
 from sgl_kernel.types import LoraDelta
 from sglang.srt.ops.op import Op
 from sglang.srt.ops.packed import PackedWeight, packed_linear
@@ -70,7 +70,7 @@ def is_skinny(x: Tensor, weight: Tensor) -> bool:
 def _linear_gpu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not is_skinny(x, weight):
         return F.linear(x, weight, bias)
-    y = gpu.skinny_gemm(x, weight)
+    y = fused.skinny_gemm(x, weight)
     return y if bias is None else y.add_(bias)
 
 
@@ -88,7 +88,7 @@ def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None)
 def linear_out(x: Tensor, weight: Tensor | PackedWeight, out: Tensor) -> Tensor:
     """x @ weight^T written to out, [T, O]; dense weights on a GPU."""
     assert isinstance(weight, Tensor)
-    return gpu.skinny_gemm(x, weight, out) if is_skinny(x, weight) else torch.mm(x, weight.t(), out=out)
+    return fused.skinny_gemm(x, weight, out) if is_skinny(x, weight) else torch.mm(x, weight.t(), out=out)
 
 
 def embedding(ids: Tensor, weight: Tensor | PackedWeight) -> Tensor:

@@ -6,10 +6,12 @@ Sums are taken in float32 whatever the dtype: y is rounded once, after the addit
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from sgl_kernel import ops as gpu
+from sgl_kernel import ops as fused
 from sgl_kernel.lora.layout import LoraSite
 from sgl_kernel.types import LoraBatch, LoraDelta, LoraSlabs
 from sglang.srt.ops.linear import Product, dense_linear, is_skinny
@@ -49,24 +51,30 @@ def _add_(y: Tensor, shrunk: Tensor, rows: Tensor | None, b: Tensor, out_start: 
     return y
 
 
-def lora_project(
-    x: Tensor, weight: Tensor, slabs: LoraSlabs, site: LoraSite, batch: LoraBatch, side: torch.cuda.Stream
-) -> Product:
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def lora_project(x: Tensor, weight: Tensor, slabs: LoraSlabs, site: LoraSite, batch: LoraBatch) -> Product:
     """x weight^T, and u = x A^T of the adapters in slabs, for the operation that reads the product to add B u.
 
-    Few rows: both in one kernel. More: u on the side stream, beside the product.
+    Few rows on a GPU: both in one kernel. More: u on a stream of its own, beside the product.
 
     Args:
-        x: [T, I]; weight: [O, I], both bfloat16.
+        x: [T, I]; weight: [O, I] of the slabs' dtype.
     """
     u = torch.empty(len(x), site.u_width, dtype=x.dtype, device=x.device)
     if is_skinny(x, weight):
-        y = gpu.skinny_gemm(x, weight, shrink=(slabs, site, batch, u))
+        y = fused.skinny_gemm(x, weight, shrink=(slabs, site, batch, u))
+    elif not x.is_cuda:
+        fused.lora_shrink(x, slabs, site, batch, u)
+        y = dense_linear(x, weight).contiguous()
     else:
-        main = torch.cuda.current_stream()
+        main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
         side.wait_stream(main)
         with torch.cuda.stream(side):
-            gpu.lora_shrink(x, slabs, site, batch, u)
+            fused.lora_shrink(x, slabs, site, batch, u)
         y = dense_linear(x, weight)
         # The allocator knows u and x as the main stream's; nothing frees them before this.
         main.wait_stream(side)

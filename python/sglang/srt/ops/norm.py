@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sgl_kernel import ops as gpu
+from sgl_kernel import ops as fused
 from sgl_kernel.types import LoraDelta
 from sglang.srt.ops.cpu import kernels
 
@@ -21,7 +21,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x: [..., H]; weight: [H] of the same dtype.
     """
     if x.is_cuda:
-        return gpu.rmsnorm(x.contiguous(), weight, eps)
+        return fused.rmsnorm(x.contiguous(), weight, eps)
     if x.dtype != torch.float32:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
     # Half the time of F.rms_norm on a CPU: the reduction is one call, the small calls touch one number a row.
@@ -44,12 +44,11 @@ def fused_add_rms_norm(
     """`add_rms_norm_reference` of x + delta, by a kernel where there is one; x may be overwritten.
 
     Args:
-        delta: what adapters add to x; on a GPU only.
+        delta: what adapters add to x.
     """
-    if x.is_cuda:
-        gpu.fused_add_rmsnorm(x, residual, weight, eps, delta=delta)
+    if x.is_cuda or delta is not None:
+        fused.fused_add_rmsnorm(x, residual, weight, eps, delta=delta)
         return x
-    assert delta is None
     if kernels.usable(x, residual):
         return kernels.add_rms_norm(x, residual, weight, eps)
     return add_rms_norm_reference(x, residual, weight, eps)

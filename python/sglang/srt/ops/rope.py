@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sgl_kernel import ops as gpu
+from sgl_kernel import ops as fused
 from sgl_kernel.types import LoraDelta
 from sglang.srt.ops.attention import store_kv
 from sglang.srt.ops.norm import rms_norm
@@ -77,7 +77,7 @@ def attention_inputs(
     Args:
         qkv: [T, (Hq + 2 Hkv) D], any strides; may be overwritten.
         bias: of all its columns.
-        delta: what adapters add to it; on a GPU only.
+        delta: what adapters add to it.
 
     Returns:
         [T, Hq, D], [T, Hkv, D], [T, Hkv, D]: views of one tensor, heads dense.
@@ -85,8 +85,9 @@ def attention_inputs(
     if rotation.table is None:
         return _reference(qkv, heads, rotation, target, bias, delta)
     same = target.k.dtype == qkv.dtype
+    qkv = qkv.contiguous()
     k_pool, v_pool, locs = target if same else (None, None, None)
-    gpu.qk_norm_rope(
+    fused.qk_norm_rope(
         qkv,
         *heads,
         rotation.table,
@@ -111,7 +112,7 @@ def _reference(
     if bias is not None:
         qkv.add_(bias)
     if delta is not None:
-        gpu.lora_expand_add_(qkv, delta)
+        fused.lora_expand_add_(qkv, delta)
     q, k, v = _split(qkv, heads)
     if heads.q_norm is not None and heads.k_norm is not None:
         normed = [rms_norm(q, heads.q_norm, heads.eps), rms_norm(k, heads.k_norm, heads.eps)]

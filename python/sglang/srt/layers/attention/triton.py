@@ -115,7 +115,7 @@ class TritonAttention:
         """How many queries a block has depends on q, which `plan` does not see: the first forward makes up for it."""
         if self._tiles is None:
             self._group = q.shape[1] // self._kv_heads
-            self._tiles = ops.prefill_tiles(self._head_dim, q.dtype, self.device)
+            self._tiles = ops.prefill_tiles(self._head_dim, self._group, q.dtype, self.device)
 
     def _plan_mixed(self, shape: StepShape, req_slots: Tensor) -> _Step:
         assert self._tiles is not None and self._group is not None

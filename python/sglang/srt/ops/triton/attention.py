@@ -32,6 +32,7 @@ from torch import Tensor
 _NEVER = tl.constexpr(-1.0e30)
 """Score of what is masked. Finite: what a row counted before it saw its first token is scaled by 0 afterwards."""
 _LOG2_E = math.log2(math.e)
+_OPTIONS = {"enable_fp_fusion": True}
 _MERGE_VALUES = 8192
 """Partial outputs a program reads at once when it merges: 64 registers a thread with four warps."""
 _PROGRAMS_PER_SM = 4
@@ -40,6 +41,8 @@ _MAX_SPLITS = 64
 _LONG_TOKENS = 2048
 """With a full device a sequence is split from about here on, so that a long one does not run on alone."""
 _MAX_LONG_SPLITS = 8
+_ROOMY_BYTES = 160 << 10
+"""Shared memory of a block from which on the larger prefill tiles fit: sm_80, sm_90, sm_100."""
 BLOCK_FIELDS = 4
 """Fields of a block of queries, see `prefill`."""
 
@@ -116,13 +119,16 @@ def decode_tiles(head_dim: int, dtype: torch.dtype) -> DecodeTiles:
     return DecodeTiles(64 if head_dim <= 128 else 32, 4, 3)
 
 
-def prefill_tiles(head_dim: int, dtype: torch.dtype, device: torch.device) -> PrefillTiles:
-    """Tiles of the prefill kernel: what fits into the device's shared memory."""
+def prefill_tiles(head_dim: int, group: int, dtype: torch.dtype, device: torch.device) -> PrefillTiles:
+    """Tiles of the prefill kernel for `group` query heads a KV head: what fits into the device's shared memory."""
     if dtype.itemsize > 2:
-        return PrefillTiles(32, 32, 4, 1)
-    if _shared_bytes(device) < 160 << 10:
-        return PrefillTiles(64, 32, 4, 2)
-    return PrefillTiles(128, 64, 8, 3) if head_dim <= 128 else PrefillTiles(64, 64, 4, 2)
+        # Such products take no matrix instructions, but registers for whole rows of both factors.
+        tiles = PrefillTiles(32, 32, 4, 1) if head_dim <= 128 else PrefillTiles(16, 16, 4, 1)
+    elif _shared_bytes(device) < _ROOMY_BYTES:
+        tiles = PrefillTiles(64, 32, 4, 2)
+    else:
+        tiles = PrefillTiles(128, 64, 8, 3) if head_dim <= 128 else PrefillTiles(64, 64, 4, 2)
+    return tiles._replace(block_m=max(tiles.block_m, int(triton.next_power_of_2(group))))
 
 
 def choose_splits(count: int, num_kv_heads: int, longest: int, device: torch.device) -> Splits:
@@ -196,6 +202,7 @@ def decode(
         CHUNK=max(1, min(32, _MERGE_VALUES // (padded_group * padded_dim))),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+        **_OPTIONS,
     )
 
 
@@ -240,6 +247,7 @@ def prefill(
         WINDOW=window or 0,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+        **_OPTIONS,
     )
 
 
@@ -343,23 +351,25 @@ def _decode(
         True,
     )
 
-    target = out + row.to(tl.int64) * (KV_HEADS * GROUP * DIM) + place
+    out_row = out + row.to(tl.int64) * (KV_HEADS * GROUP * DIM)
     if splits == 1:
-        _store(target, acc, total[:, None], inside)
+        _store(out_row + place, acc, total[:, None], inside)
     elif partials is not None:
         pair = member.to(tl.int64) * KV_HEADS + head
-        partials += pair * max_splits * (GROUP * DIM)
-        sums += pair * max_splits * (2 * GROUP)
-        tl.store(partials + split * (GROUP * DIM) + lanes[:, None] * DIM + columns[None, :], acc, mask=inside)
-        tl.store(sums + split * (2 * GROUP) + lanes, top, mask=lanes < GROUP)
-        tl.store(sums + split * (2 * GROUP) + GROUP + lanes, total, mask=lanes < GROUP)
+        pair_partials = partials + pair * max_splits * (GROUP * DIM)
+        pair_sums = sums + pair * max_splits * (2 * GROUP)
+        own = pair_partials + split * (GROUP * DIM) + lanes[:, None] * DIM + columns[None, :]
+        own_sums = pair_sums + split * (2 * GROUP) + lanes
+        tl.store(own, acc, mask=inside)
+        tl.store(own_sums, top, mask=lanes < GROUP)
+        tl.store(own_sums + GROUP, total, mask=lanes < GROUP)
         # All threads have stored before one of them releases it; the one that acquires speaks for all of its block.
         tl.debug_barrier()
         finished = tl.atomic_add(counters + pair, 1, sem="acq_rel", scope="gpu")
         if finished == splits - 1:
             tl.store(counters + pair, 0)
-            target = out + row.to(tl.int64) * (KV_HEADS * GROUP * DIM) + head * (GROUP * DIM)
-            _merge(target, partials, sums, splits, GROUP, PADDED_GROUP, DIM, PADDED_DIM, CHUNK)
+            head_out = out_row + head * (GROUP * DIM)
+            _merge(head_out, pair_partials, pair_sums, splits, GROUP, PADDED_GROUP, DIM, PADDED_DIM, CHUNK)
 
 
 @triton.jit

@@ -30,6 +30,8 @@ BLOCK = 4096
 """Logits of a program: 38 programs for one row of 151936, and 8 KiB of bfloat16 on their way for each."""
 _SUM_WARPS = 4
 _PICK_WARPS = 8
+# Which products and sums were to be rounded once would be the compiler's choice, and a row's bits with it.
+_OPTIONS = {"enable_fp_fusion": False}
 
 _UNIT = tl.constexpr(float(2**40))
 _FLOAT_MAX = tl.constexpr(float(torch.finfo(torch.float32).max))
@@ -78,7 +80,7 @@ class RowSampler:
         row_stride = logits.stride(0) if num_rows > 1 else self.vocab_size
         sizes = {"VOCAB": self.vocab_size, "NUM_BLOCKS": self._num_blocks, "BLOCK": self._block}
         _sum_blocks[self._num_blocks, num_rows](
-            logits, row_stride, temperature, self._maxima, self._sums, **sizes, num_warps=_SUM_WARPS
+            logits, row_stride, temperature, self._maxima, self._sums, **sizes, num_warps=_SUM_WARPS, **_OPTIONS
         )
         _pick_tokens[(num_rows,)](
             logits,
@@ -93,6 +95,7 @@ class RowSampler:
             **sizes,
             BLOCKS=triton.next_power_of_2(self._num_blocks),
             num_warps=_PICK_WARPS,
+            **_OPTIONS,
         )
 
 
@@ -142,12 +145,12 @@ def _pick_tokens(
     present = blocks < NUM_BLOCKS
     peaks = tl.load(maxima + row * NUM_BLOCKS + blocks, mask=present, other=-_INF)
     block_sums = tl.load(sums + row * NUM_BLOCKS + blocks, mask=present, other=0.0)
+    heat, uniform = tl.load(temperature + row), tl.load(uniforms + row)  # on their way together with those
     peak = tl.max(peaks, 0)
     usable = (tl.sum((block_sums != block_sums).to(tl.int32), 0) == 0) & (peak > -_INF)
     tl.store(bad + row, usable == 0)
     if usable:
         x = logits + row * row_stride
-        heat = tl.load(temperature + row)
         rate = _rate(heat)
         mass = (block_sums * _weights(peaks, peak, rate) * _UNIT).to(tl.int64)
         total = tl.sum(mass, 0)
@@ -155,7 +158,7 @@ def _pick_tokens(
             block = tl.min(tl.where(peaks == peak, blocks, BLOCKS), 0)
             place = tl.min(tl.where(_block_of(x, block, VOCAB, BLOCK) == peak, tl.arange(0, BLOCK), BLOCK), 0)
         else:
-            target = _scaled(tl.load(uniforms + row), total)
+            target = _scaled(uniform, total)
             block, start = _first_beyond(mass, target)
             here = blocks == block
             block_peak = tl.max(tl.where(here, peaks, -_INF), 0)
