@@ -144,7 +144,7 @@ def test_heads_of_the_compiled_kernels_width_equal_peft(peft: PeftModels, monkey
     calls = []
     monkeypatch.setattr(rope.fused, "qk_norm_rope", _counted(rope.fused.qk_norm_rope, calls))
     results = load(bench, len(adapters), temperature=0.0)
-    assert len(calls) > 50
+    assert len(calls) > 20
     for req_id, result in results.items():
         version = req_id % (len(adapters) + 1)
         ids = prompt(3 + 5 * req_id % 37, req_id)

@@ -68,26 +68,26 @@ class Decodes(NamedTuple):
 
     Attributes:
         slots: int64 [B], rows of the page table; kv_lens: int64 [B], tokens to attend to. Read when the kernel runs.
-        places: int64 [count, 2], (index into slots and kv_lens, token row of the step) of each; None when all B are
+        places: int64 [size, 2], (index into slots and kv_lens, token row of the step) of each; None when all B are
             meant and sequence b has row b.
-        count: how many there are.
+        size: how many there are.
     """
 
     slots: Tensor
     kv_lens: Tensor
     places: Tensor | None
-    count: int
+    size: int
 
 
 class Splits(NamedTuple):
     """How the tokens of a sequence are divided.
 
     Attributes:
-        count: at most so many parts, all of which have a program.
+        parts: at most so many, all of which have a program.
         min_tokens: a part has at least so many tokens; programs beyond the parts this leaves end at once.
     """
 
-    count: int
+    parts: int
     min_tokens: int
 
 
@@ -159,7 +159,7 @@ def decode(
     Args:
         q: [T, Hq, D], the last two dimensions dense, rows of any stride.
         out: [T, Hq * D], contiguous; the rows of these sequences are written, zeros where kv_lens is 0.
-        counters: int32 [>= count * Hkv], zeros, and zeros again when the kernel is done.
+        counters: int32 [>= decodes.size * Hkv], zeros, and zeros again when the kernel is done.
         scale: positive; scores are q k scale.
         window: tokens that a position sees, itself included; None for all before it.
     """
@@ -167,13 +167,13 @@ def decode(
     group = heads // kv_heads
     tiles = tiles or decode_tiles(dim, q.dtype)
     partials, sums = None, None
-    if splits.count > 1:
-        shape = (decodes.count, kv_heads, splits.count)
+    if splits.parts > 1:
+        shape = (decodes.size, kv_heads, splits.parts)
         partials = torch.empty(*shape, group, dim, dtype=torch.float32, device=q.device)
         sums = torch.empty(*shape, 2, group, dtype=torch.float32, device=q.device)
-        assert counters.numel() >= decodes.count * kv_heads, "more sequences than there are counters"
+        assert counters.numel() >= decodes.size * kv_heads, "more sequences than there are counters"
     padded_dim, padded_group = _padded(dim), triton.next_power_of_2(group)
-    _decode[kv_heads, decodes.count, splits.count](
+    _decode[kv_heads, decodes.size, splits.parts](
         q,
         q.stride(0),
         out,
@@ -188,7 +188,7 @@ def decode(
         sums,
         counters,
         scale * _LOG2_E,
-        splits.count,
+        splits.parts,
         max(1, splits.min_tokens // tiles.block_n),
         KV_HEADS=kv_heads,
         GROUP=group,
