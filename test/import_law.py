@@ -19,6 +19,7 @@ SHARED, FRONT, BACK = "shared", "front", "back"
 FRONT_MANAGERS = (
     "adapter_calls",
     "adapter_service",
+    "adapter_staging",
     "control_client",
     "detokenizer",
     "outbox",
@@ -101,6 +102,7 @@ LEVELS: dict[str, tuple[float, str]] = {
     "sglang.cli": (5, FRONT),
     "sglang.benchmark": (5, FRONT),
     "sglang.bench_serving": (5, FRONT),
+    "sglang.rl": (6, FRONT),
     "sglang": (5, FRONT),
 }
 
@@ -109,7 +111,8 @@ NAMESPACES = ("sglang.srt", "sglang.srt.lora", "sglang.srt.managers", "sglang.sr
 
 # Third-party packages only some modules may import, wherever in the file the import stands.
 ONLY: dict[str, tuple[str, ...]] = {
-    "torch": (BACK,),
+    # What trains needs torch; what publishes imports it only for torch's tensors.
+    "torch": (BACK, "sglang.rl"),
     "triton": ("sglang.srt.ops",),
     "flashinfer": ("sglang.srt.ops",),
     "sgl_kernel": ("sglang.srt.ops",),

@@ -20,7 +20,7 @@ from sglang.srt.model_executor.forward_context import StepShape
 
 MODULE = "sglang.srt.ops.triton.attention"
 LAYERS = 2
-TOLERANCES = {torch.float64: 1e-6, torch.float32: 3e-6, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 6e-3, torch.bfloat16: 4e-2}
 
 
 class Bench:
@@ -57,8 +57,9 @@ class Bench:
     def grow(self, slot: int, tokens: int) -> None:
         """Add tokens with random K and V in every layer."""
         old = self.lengths[slot]
+        pages = self.table.pages
         self.table.grow(slot, old, old + tokens)
-        self.backend.page_table = self.table
+        self.table.pages = pages.copy_(self.table.pages)  # captured graphs read this tensor
         locs = torch.from_numpy(self.table.locations(slot, old, old + tokens)).to(self.device)
         for layer in range(LAYERS):
             for buffer in self.pool.layer(layer):

@@ -5,7 +5,8 @@ few turns or for none. Hypothesis draws a run as bytes (four an event), so a fai
 sense in the present state does nothing and is not counted. Time stands still unless an event moves it.
 
 What a reply must say is known here independently: the fake scheduler writes down which version made each token, and
-this file which version a name has meant at the earliest when a request was made.
+this file which version a name has meant at the earliest when a request was made. Earlier and later are counted in
+publications: a version that was staged may be published after one that has a larger number.
 
 SGLANG_LORA_MACHINE_RUNS=20000 runs longer than the suite does, and then with new runs every time.
 """
@@ -27,7 +28,13 @@ from unit.fake_scheduler import EOS, Call, FakeThreads, Front, Row, ids_of, sett
 
 from sglang.srt.errors import AdapterError, RequestError, ServiceUnavailableError
 from sglang.srt.lora.lease import VersionState
-from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
+from sglang.srt.managers.io_struct import (
+    CommitLoRAAdapterReqInput,
+    ContinueGenerationReqInput,
+    DropLoRAAdapterReqInput,
+    PauseGenerationReqInput,
+    StageLoRAAdapterReqInput,
+)
 from sglang.srt.managers.io_struct.wire import Finish, FinishInfo, PauseMode, StageAdapterCall
 from sglang.srt.managers.request_state import RecordState
 from sglang.srt.managers.response import OutputChunk
@@ -65,7 +72,7 @@ class Client:
 
     Fields:
         wanted: adapter name (or None) per prompt; n: samples per prompt.
-        at_least: per name, the oldest version it may run on; req_ids: its sequences, once they have been seen.
+        at_least: per name, the oldest publication it may run on; req_ids: its sequences, once they have been seen.
     """
 
     call: Call
@@ -99,10 +106,18 @@ class Machine:
         self.admin: list[Admin] = []
         self.loaded = dict.fromkeys(NAMES, 0)  # by a load that was answered
         self.at_least = dict.fromkeys(NAMES, 0)  # by that, and not by what an unload that was answered has taken away
+        self.order: dict[int, int] = {}  # version id -> when it was published
+        self._publish, self.registry.publish = self.registry.publish, self._published
+        self.order |= {version.version_id: version.published for version in self.registry.serving()}
         self.max_pinned = self.manager.config.lora.max_loras_per_batch - 1
         self.num_submitted = 0
         self.num_clients = 0
         self.dead = False
+
+    def _published(self, version):
+        previous = self._publish(version)
+        self.order[version.version_id] = version.published
+        return previous
 
     # ---- clients ---------------------------------------------------------------------------------------------------
 
@@ -253,6 +268,31 @@ class Machine:
         self.admin.append(Admin("load", task, name))
         return True
 
+    def stage(self, a: int, b: int) -> bool:
+        """Stage a version, of one of few contents, for a shorter or longer time."""
+        if len(self.admin) >= 8:
+            return False
+        name = NAMES[a & 3] if a & 0x80 else LOADED_FIRST[a & 1]
+        self.front.reader.errors.clear()
+        obj = StageLoRAAdapterReqInput(
+            lora_name=name, lora_path=f"/{name}{b & 1}", pinned=a & 0x70 == 0x70, timeout=[3.0, 30.0][b >> 1 & 1]
+        )
+        return self.begin("stage", self.manager.adapter_calls.stage(obj), name)
+
+    def commit(self, a: int, b: int) -> bool:
+        """Commit, or drop, what is staged, or something that is not."""
+        if len(self.admin) >= 8:
+            return False
+        staging = [v for v in self.registry.versions.values() if v.state is VersionState.STAGING]
+        version = staging[a % len(staging)] if staging and b & 15 else None
+        name, number = (version.name, version.version_id) if version else (NAMES[a & 3], 1 + (b >> 4))
+        if b & 7 == 7:
+            obj = DropLoRAAdapterReqInput(lora_name=name, lora_version=number)
+            return self.begin("drop", self.manager.adapter_calls.drop(obj), name)
+        mode = "switch" if b & 8 else "finish_old"
+        call = CommitLoRAAdapterReqInput(lora_name=name, lora_version=number, mode=mode)
+        return self.begin("commit", self.manager.adapter_calls.commit(call), name)
+
     def unload(self, a: int, b: int) -> bool:
         """Unload: waiting, with a timeout, or aborting the holders."""
         if len(self.admin) >= 8:
@@ -368,7 +408,8 @@ class Machine:
             if request.req_id in client.req_ids:
                 name = client.wanted[client.req_ids.index(request.req_id) // client.n]
                 assert (name is None) == (request.version_id == 0), "base model and adapter mixed up"
-                assert name is None or request.version_id >= client.at_least[name], "an older policy than was published"
+                latest = client.at_least[name] if name else 0
+                assert self.order.get(request.version_id, 0) >= latest, "an older policy than was published"
         self.num_submitted = len(self.scheduler.submitted)
         for key, client in list(self.clients.items()):
             if client.call.done:
@@ -387,8 +428,9 @@ class Machine:
         if error is not None:
             expected = (AdapterError, ServiceUnavailableError) if self.dead else AdapterError
             assert isinstance(error, expected), error
-        elif admin.kind == "load" and admin.task.result().success:
-            self.loaded[admin.name] = max(self.loaded[admin.name], admin.task.result().lora_version)
+        elif admin.kind in ("load", "commit") and admin.task.result().success:
+            published = self.order[admin.task.result().lora_version]
+            self.loaded[admin.name] = max(self.loaded[admin.name], published)
             self.at_least[admin.name] = max(self.at_least[admin.name], self.loaded[admin.name])
         elif admin.kind == "unload" and admin.task.result().success:
             self.at_least[admin.name] = max(self.at_least[admin.name], admin.floor)
@@ -418,6 +460,10 @@ class Machine:
         assert self.registry.num_leases == 0
         assert self.registry.num_registered_loras <= (self.manager.config.lora.max_loaded_loras or len(NAMES))
         assert self.manager._control.num_pending == 0
+        for version in list(self.registry.versions.values()):
+            if version.state is VersionState.STAGING:
+                assert self.manager.adapters.drop(version.name, version.version_id), "staged, and nobody knows"
+        await self.answer_everything()
         assert set(self.registry.versions) == set(self.front.names.values())
         self.admin += [Admin("unload", self.front.unloading(name), name) for name in self.front.names]
         await settle()
@@ -471,7 +517,7 @@ def check_reply(client: Client, made_by: dict[int, list[int]]) -> None:
 WEIGHTS: list[tuple[str, int]] = [
     ("submit", 36), ("reply", 44), ("load", 26), ("work", 28), ("decode", 30), ("finish", 16), ("ack", 16),
     ("lose_client", 10), ("unload", 6), ("abort", 6), ("pause", 4), ("resume", 10), ("forget", 3), ("time_passes", 4),
-    ("late_row", 2), ("cannot_send", 1), ("collect", 1), ("die", 1),
+    ("late_row", 2), ("cannot_send", 1), ("collect", 1), ("die", 1), ("stage", 6), ("commit", 5),
 ]  # fmt: skip
 EVENTS = [name for name, weight in WEIGHTS for _ in range(weight)]
 

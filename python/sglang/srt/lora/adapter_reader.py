@@ -110,7 +110,7 @@ class AdapterReader:
     def read_tensors(
         self,
         config_dict: Mapping[str, Any],
-        payload: str | list[str] | bytes,
+        payload: str | list[str] | bytes | bytearray,
         load_format: str | None = None,
         expected_checksums: Mapping[str, str] | None = None,
         added_tokens: Mapping[str, Any] | None = None,

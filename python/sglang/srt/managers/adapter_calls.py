@@ -13,9 +13,12 @@ from sglang.srt.errors import AdapterError
 from sglang.srt.lora.lease import TENSOR_SOURCE, AdapterVersion
 from sglang.srt.managers.adapter_service import AdapterService, LoadRequest, ReadAdapter
 from sglang.srt.managers.io_struct.requests import (
+    CommitLoRAAdapterReqInput,
+    DropLoRAAdapterReqInput,
     LoadLoRAAdapterFromTensorsReqInput,
     LoadLoRAAdapterReqInput,
     LoRAUpdateOutput,
+    StageLoRAAdapterReqInput,
     UnloadLoRAAdapterReqInput,
 )
 
@@ -29,7 +32,7 @@ class Reader(Protocol):
     def read_tensors(
         self,
         config_dict: dict[str, Any],
-        payload: str | list[str] | bytes,
+        payload: str | list[str] | bytes | bytearray,
         load_format: str | None,
         expected_checksums: Any = None,
         added_tokens: dict[str, Any] | None = None,
@@ -38,7 +41,7 @@ class Reader(Protocol):
 
 
 class AdapterCalls:
-    """Load, unload and list.
+    """Load, in one step or in two, unload and list.
 
     Args:
         frozen: set while a pause keeps requests from ending, so that nobody must wait for one.
@@ -60,6 +63,18 @@ class AdapterCalls:
     async def unload(self, obj: UnloadLoRAAdapterReqInput) -> LoRAUpdateOutput:
         """Unload. While a pause keeps its holders from ending, the reply comes at once and says how many there are."""
         return await self._replied(obj.lora_name, self._unload(obj))
+
+    async def stage(self, obj: StageLoRAAdapterReqInput) -> LoRAUpdateOutput:
+        """Bring a version into memory that its name does not mean yet."""
+        return await self._replied(obj.lora_name, self._stage(obj))
+
+    async def commit(self, obj: CommitLoRAAdapterReqInput) -> LoRAUpdateOutput:
+        """Make a name mean what was staged."""
+        return await self._replied(obj.lora_name, self._commit(obj))
+
+    async def drop(self, obj: DropLoRAAdapterReqInput) -> LoRAUpdateOutput:
+        """Forget what was staged. A success, too, when there is nothing (any more) to forget."""
+        return await self._replied(obj.lora_name, self._drop(obj))
 
     def listing(self) -> dict[str, Any]:
         """Every version in memory, for `/lora_adapters`."""
@@ -98,6 +113,27 @@ class AdapterCalls:
                 )
             )
         )
+
+    async def _stage(self, obj: StageLoRAAdapterReqInput) -> dict[str, Any]:
+        reader, path, tensors = self._require_reader(), obj.lora_path, obj.tensors
+        if (path is None) == (tensors is None):
+            raise AdapterError("invalid_adapter", "Send exactly one of lora_path and tensors.")
+
+        def read() -> ReadAdapter:
+            if tensors is None:
+                return reader.read_directory(path or "")
+            return reader.read_tensors(obj.config_dict or {}, tensors, "safetensors")
+
+        source = TENSOR_SOURCE if path is None else path
+        request = LoadRequest(name=obj.lora_name, source=source, read=read, pinned=obj.pinned, upsert=True)
+        return _staged(await self._service.stage(request, obj.timeout))
+
+    async def _commit(self, obj: CommitLoRAAdapterReqInput) -> dict[str, Any]:
+        return _staged(await self._service.commit(obj.lora_name, obj.lora_version, obj.digest, obj.mode))
+
+    async def _drop(self, obj: DropLoRAAdapterReqInput) -> dict[str, Any]:
+        self._service.drop(obj.lora_name, obj.lora_version)
+        return {"lora_version": obj.lora_version}
 
     async def _unload(self, obj: UnloadLoRAAdapterReqInput) -> dict[str, Any]:
         unloading = asyncio.ensure_future(self._service.unload(obj.lora_name, obj.timeout, abort=obj.abort))
@@ -155,6 +191,10 @@ def _loaded(version: AdapterVersion) -> dict[str, Any]:
         "rank": info.rank,
         "nbytes": info.nbytes,
     }
+
+
+def _staged(version: AdapterVersion) -> dict[str, Any]:
+    return {**_loaded(version), "state": version.state.name.lower()}
 
 
 def _describe(version: AdapterVersion) -> dict[str, Any]:

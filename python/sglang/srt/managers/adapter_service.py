@@ -5,6 +5,9 @@ the reader makes bytes into an `Adapter` in a worker thread, the back stages it;
 Invariants: loads of one name run one after the other, loads of different names beside each other, and none of them
 waits for a request; a load that has begun ends on its own, whoever asked for it may leave; a failed load leaves nothing
 in either process; a retired version is freed by the end of its last lease and by nothing else.
+
+A load may also be taken apart, so that several servers change over together: `stage` brings a version into memory that
+no name means, `commit` publishes it, `drop` or the end of its time retires it.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -23,6 +26,7 @@ from sglang.srt.errors import AdapterError, ServiceUnavailableError
 from sglang.srt.lora.adapter import Adapter
 from sglang.srt.lora.lease import AdapterInfo, AdapterVersion, LoRARef, VersionState
 from sglang.srt.lora.lora_registry import LoRARegistry
+from sglang.srt.managers.adapter_staging import StagedVersions
 from sglang.srt.managers.control_client import ControlClient
 from sglang.srt.managers.io_struct.wire import CallReply
 
@@ -119,6 +123,7 @@ class AdapterService:
         self._holders = holders
         self._on_switch = on_switch
         self._on_publish = on_publish
+        self._staged = StagedVersions(self.registry.retire)
         self._loading: dict[str, tuple[tuple[object, ...], asyncio.Task[AdapterVersion]]] = {}
 
     def require_enabled(self) -> None:
@@ -159,10 +164,44 @@ class AdapterService:
         before = self._loading.get(request.name)
         if before is not None and not before[1].done() and before[0] == request.key and not request.upsert:
             return await asyncio.shield(before[1])
-        task = asyncio.create_task(self._load(request, None if before is None else before[1]))
-        self._loading[request.name] = request.key, task
-        task.add_done_callback(lambda _: self._ended(request.name, task))
-        return await asyncio.shield(task)
+        return await self._in_turn(request.name, lambda: self._load(request), request.key)
+
+    async def stage(self, request: LoadRequest, seconds: float) -> AdapterVersion:
+        """Read and stage an adapter under a name that goes on to mean what it means. A name has one staged version: the
+        next one takes its place.
+
+        Args:
+            request: one with upsert.
+            seconds: how long it waits for its commit before it is dropped.
+
+        Returns:
+            The version; the one that is staged, or served, under this name already if its content is the same.
+
+        Raises:
+            As `load`.
+        """
+        self.require_enabled()
+        _check_name(request.name)
+        return await self._in_turn(request.name, lambda: self._stage(request, seconds))
+
+    async def commit(
+        self, name: str, version_id: int, digest: str | None = None, mode: Mode = "finish_old"
+    ) -> AdapterVersion:
+        """Publish a staged version; one that is published already is left as it is.
+
+        Args:
+            digest: refuse a version of other content.
+
+        Raises:
+            AdapterError: adapter_not_found (never staged, dropped, or replaced since), or no room.
+        """
+        self.require_enabled()
+        return await self._in_turn(name, lambda: self._commit(name, version_id, digest, mode))
+
+    def drop(self, name: str, version_id: int) -> bool:
+        """Forget a staged version; False when there is none of that number, for whatever reason."""
+        self.require_enabled()
+        return self._staged.drop(name, version_id)
 
     async def unload(self, name: str, timeout: float | None = None, *, abort: bool = False) -> list[AdapterVersion]:
         """Take no new requests for a name, and wait until every version loaded under it is out of memory.
@@ -196,14 +235,66 @@ class AdapterService:
             )
         return versions
 
-    async def _load(self, request: LoadRequest, before: asyncio.Task[AdapterVersion] | None) -> AdapterVersion:
-        if before is not None:
-            await asyncio.wait([before])
+    async def _in_turn(
+        self, name: str, work: Callable[[], Awaitable[AdapterVersion]], key: tuple[object, ...] = ()
+    ) -> AdapterVersion:
+        """Do it when what has begun for this name has ended, and to its end, whoever waits for it."""
+        before = self._loading.get(name)
+
+        async def run() -> AdapterVersion:
+            if before is not None:
+                await asyncio.wait([before[1]])
+            return await work()
+
+        task = asyncio.create_task(run())
+        self._loading[name] = key, task
+        task.add_done_callback(lambda _: self._ended(name, task))
+        return await asyncio.shield(task)
+
+    async def _load(self, request: LoadRequest) -> AdapterVersion:
         started = time.perf_counter()
-        self._check_room(request)
+        version = await self._bring(request)
+        try:
+            self._check_room(request.name, request.pinned, request.upsert)  # others have been published meanwhile
+        except AdapterError:
+            self.registry.retire(version)
+            raise
+        await self._publish(version, request.mode)
+        if self._on_publish is not None:
+            self._on_publish(time.perf_counter() - started)
+        return version
+
+    async def _stage(self, request: LoadRequest, seconds: float) -> AdapterVersion:
+        version = await self._bring(request, reuse=True)
+        if version.state is VersionState.STAGING:
+            self._staged.add(version, seconds)
+        return version
+
+    async def _commit(self, name: str, version_id: int, digest: str | None, mode: Mode) -> AdapterVersion:
+        version = self.registry.versions.get(version_id)
+        known = version is not None and version.name == name and digest in (None, version.info.digest)
+        if version is not None and known and version.state is VersionState.SERVING:
+            return version
+        if version is None or not known or version not in self._staged:
+            raise AdapterError(
+                "adapter_not_found",
+                f"LoRA adapter {name} has no staged version {version_id}{f' of digest {digest}' if digest else ''}: it "
+                "was never staged here, its time was over, or another one has taken its place. Stage it again.",
+            )
+        self._check_room(name, version.pinned, upsert=True)
+        self._staged.take(version)
+        await self._publish(version, mode)
+        return version
+
+    async def _bring(self, request: LoadRequest, *, reuse: bool = False) -> AdapterVersion:
+        """Read an adapter and stage it in the back; with `reuse`, not when the same is there already."""
+        self._check_room(request.name, request.pinned, request.upsert)
         read = await _read(request)
         info = AdapterInfo(read.digest, read.nbytes, read.num_tensors, read.max_rank, request.source)
         ref = LoRARef(lora_name=request.name, lora_path=request.source, pinned=request.pinned)
+        if reuse and (same := self._same(ref, info)) is not None:
+            read.close()
+            return same
         version = self.registry.new_version(ref, info)
         try:
             reply = await self._control.stage_adapter(version.version_id, read.adapter)
@@ -214,37 +305,36 @@ class AdapterService:
             raise
         finally:
             read.close()
-        try:
-            self._check_room(request)  # other names have been published meanwhile
-        except AdapterError:
-            self.registry.retire(version)
-            raise
-        await self._publish(version, request.mode)
-        if self._on_publish is not None:
-            self._on_publish(time.perf_counter() - started)
         return version
 
-    def _check_room(self, request: LoadRequest) -> None:
-        current = self.registry.get(request.name)
-        if current is not None and not request.upsert:
+    def _same(self, ref: LoRARef, info: AdapterInfo) -> AdapterVersion | None:
+        """What the name means, or has staged, if it is no different."""
+        for version in (self._staged.of(ref.lora_name or ""), self.registry.get(ref.lora_name or "")):
+            if version is not None and version.info.digest == info.digest and version.pinned == bool(ref.pinned):
+                return version
+        return None
+
+    def _check_room(self, name: str, pinned: bool, upsert: bool) -> None:
+        current = self.registry.get(name)
+        if current is not None and not upsert:
             raise AdapterError(
                 "already_loaded",
-                f"Failed to load LoRA adapter {request.name} because it is already loaded. Unload it first, or load "
+                f"Failed to load LoRA adapter {name} because it is already loaded. Unload it first, or load "
                 "with upsert=true to publish a new version.",
             )
         others = [v for v in self.registry.serving() if v is not current]
-        pinned = sum(v.pinned for v in others)
-        if request.pinned and pinned >= self._lora.max_loras_per_batch - 1:
+        num_pinned = sum(v.pinned for v in others)
+        if pinned and num_pinned >= self._lora.max_loras_per_batch - 1:
             raise AdapterError(
                 "capacity",
-                f"Failed to load LoRA adapter {request.name} as a pinned adapter: {pinned} are pinned already, and "
+                f"Failed to load LoRA adapter {name} as a pinned adapter: {num_pinned} are pinned already, and "
                 f"--max-loras-per-batch {self._lora.max_loras_per_batch} must leave one slot for the others.",
             )
         limit = self._lora.max_loaded_loras
-        if limit is not None and len(others) >= limit and pinned >= limit:
+        if limit is not None and len(others) >= limit and num_pinned >= limit:
             raise AdapterError(
                 "capacity",
-                f"Failed to load LoRA adapter {request.name}: all {pinned} of --max-loaded-loras {limit} are pinned.",
+                f"Failed to load LoRA adapter {name}: all {num_pinned} of --max-loaded-loras {limit} are pinned.",
             )
 
     async def _publish(self, version: AdapterVersion, mode: Mode) -> None:

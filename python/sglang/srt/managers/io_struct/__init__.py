@@ -2,24 +2,30 @@
 
 from sglang.srt.managers.io_struct.requests import (
     AbortReq,
+    CommitLoRAAdapterReqInput,
     ContinueGenerationReqInput,
+    DropLoRAAdapterReqInput,
     FlushCacheReqInput,
     GenerateReqInput,
     LoadLoRAAdapterFromTensorsReqInput,
     LoadLoRAAdapterReqInput,
     LoRAUpdateOutput,
     PauseGenerationReqInput,
+    StageLoRAAdapterReqInput,
     UnloadLoRAAdapterReqInput,
 )
 
 __all__ = [
     "AbortReq",
+    "CommitLoRAAdapterReqInput",
     "ContinueGenerationReqInput",
+    "DropLoRAAdapterReqInput",
     "FlushCacheReqInput",
     "GenerateReqInput",
     "LoRAUpdateOutput",
     "LoadLoRAAdapterFromTensorsReqInput",
     "LoadLoRAAdapterReqInput",
     "PauseGenerationReqInput",
+    "StageLoRAAdapterReqInput",
     "UnloadLoRAAdapterReqInput",
 ]

@@ -220,6 +220,45 @@ class LoadLoRAAdapterFromTensorsReqInput(msgspec.Struct, kw_only=True):
     expected_checksums: Any = None
 
 
+class StageLoRAAdapterReqInput(msgspec.Struct, kw_only=True):
+    """Body of `/stage_lora_adapter`; exactly one of `lora_path` and `tensors`.
+
+    Fields:
+        config_dict: with `tensors`, what adapter_config.json would say.
+        tensors: a safetensors image; base64 in JSON, raw behind the JSON in an `application/octet-stream` body.
+        timeout: seconds after which a version that nobody has committed is dropped.
+    """
+
+    lora_name: str
+    lora_path: str | None = None
+    config_dict: dict[str, Any] | None = None
+    tensors: bytearray | None = None
+    pinned: bool = False
+    timeout: Annotated[float, msgspec.Meta(gt=0.0)] = 120.0
+
+
+class CommitLoRAAdapterReqInput(msgspec.Struct, kw_only=True):
+    """Body of `/commit_lora_adapter`: make a name mean what was staged under it.
+
+    Fields:
+        lora_version, digest: as the reply to staging gave them; versions are counted anew by a server that restarts,
+            so a commit that may be repeated should name the digest, too.
+        mode: see LoadLoRAAdapterReqInput.
+    """
+
+    lora_name: str
+    lora_version: int
+    digest: str | None = None
+    mode: Literal["finish_old", "switch"] = "finish_old"
+
+
+class DropLoRAAdapterReqInput(msgspec.Struct, kw_only=True):
+    """Body of `/drop_lora_adapter`: forget what was staged, if it has not been committed."""
+
+    lora_name: str
+    lora_version: int
+
+
 class UnloadLoRAAdapterReqInput(msgspec.Struct, kw_only=True):
     """Body of `/unload_lora_adapter`.
 
@@ -241,6 +280,7 @@ class LoRAUpdateOutput(msgspec.Struct, kw_only=True):
         error_code: see errors.AdapterError.
         lora_version, digest, num_tensors, rank, nbytes: of the version that was loaded.
         num_holders: requests that an unloaded adapter still waits for.
+        state: of a version that was staged or committed: staging until it is committed, serving from then on.
     """
 
     rid: str | None = None
@@ -256,6 +296,7 @@ class LoRAUpdateOutput(msgspec.Struct, kw_only=True):
     rank: int | None = None
     nbytes: int | None = None
     num_holders: int | None = None
+    state: str | None = None
 
 
 class FlushCacheReqInput(msgspec.Struct, kw_only=True):
