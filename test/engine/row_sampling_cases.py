@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from sampling_cases import random_logits
+from engine.sampling_cases import random_logits
 from torch import Tensor
 
 SampleRows = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
 LAST = 1.0 - 2.0**-53
 """The largest uniform number."""
 TEMPERATURES = [0.0, 1e-6, 1e-3, 0.3, 0.7, 1.0, 1.0, 2.0, 100.0, torch.finfo(torch.float32).max]
-SLACK = 1e-6
+SLACK = 2e-6
 """How far rounding may move the borders between tokens."""
 
 

@@ -16,7 +16,7 @@ import torch
 from engine.lora_parity_bench import prompt
 from engine.parity_bench import RealBench, Result, make_checkpoint
 from engine.peft_models import PeftModels
-from kernels.triton_interpreter import _interpret_library, _repair, _without
+from kernels.triton_interpreter import interpret_library, repair, without
 from torch import Tensor
 
 from sglang.srt.layers.attention.torch_native import TorchNativeAttention
@@ -241,9 +241,9 @@ def test_the_first_kernel_of_a_step(rows: int, page_size: int) -> None:
     )
     begin_decode(slots, positions, locs, last_tokens, want_pages, page_size, want_ids)
     with pytest.MonkeyPatch.context() as patch:
-        _interpret_library(patch)
-        _repair(patch)
-        with _without(name):
+        interpret_library(patch)
+        repair(patch)
+        with without(name):
             patch.setenv("TRITON_INTERPRET", "1")
             module = importlib.import_module(name)
             module.begin_decode(slots, positions, locs, last_tokens, pages, page_size, ids)

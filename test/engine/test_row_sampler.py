@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from kernels.test_triton_compile import compiled
-from kernels.triton_interpreter import _interpret_library, _repair, _without
+from kernels.triton_interpreter import interpret_library, repair, without
 from row_sampling_cases import (
     LAST,
     TEMPERATURES,
@@ -43,7 +43,7 @@ Draw = Callable[[Batch], Drawn]
 
 @cache
 def interpreted_kernels() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch, _without(KERNELS):
+    with pytest.MonkeyPatch.context() as patch, without(KERNELS):
         patch.setenv("TRITON_INTERPRET", "1")
         return importlib.import_module(KERNELS)
 
@@ -53,8 +53,8 @@ def kernels() -> Iterator[ModuleType]:
     """The module for tensors on the CPU, with small blocks."""
     pytest.importorskip("triton")
     with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
-        _interpret_library(patch)
-        _repair(patch)
+        interpret_library(patch)
+        repair(patch)
         module = interpreted_kernels()
         patch.setattr(module, "BLOCK", SMALL)
         with _language_interpreted_once(patch):
@@ -101,9 +101,9 @@ def grid(size: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
-@pytest.mark.parametrize("vocab_size", [1, 7, SMALL, SMALL + 1, 700])
+@pytest.mark.parametrize("vocab_size", [1, 7, SMALL, SMALL + 1, 500])
 def test_random_rows(sampled: Draw, vocab_size: int, dtype: torch.dtype) -> None:
-    batch = random_batch(40, vocab_size, dtype, seed=vocab_size)
+    batch = random_batch(20, vocab_size, dtype, seed=vocab_size)
     check(sampled(batch), batch)
 
 
@@ -115,15 +115,16 @@ def test_blocks_of_their_real_size(kernels: ModuleType, dtype: torch.dtype, voca
         check(draw_by(kernels, batch), batch)
 
 
-@pytest.mark.parametrize("temperature", [1e-6, 0.25, 1.0, 3.0, TEMPERATURES[-1]])
-@pytest.mark.parametrize("interpret", [True, False])
+@pytest.mark.parametrize(
+    ("interpret", "temperature"), [(True, 0.25), (True, 3.0), *((False, t) for t in TEMPERATURES[1:])]
+)
 def test_counts_over_a_grid_are_the_distribution(
     request: pytest.FixtureRequest, interpret: bool, temperature: float
 ) -> None:
     """An interval of length p holds n p points of a grid of n, rounded up or down: no need of statistics."""
     kernels = request.getfixturevalue("kernels") if interpret else None  # which take their time
-    sample = sample_rows_reference if kernels is None else kernels.RowSampler(250, 150, CPU).sample
-    size, vocab_size = 4000 if kernels is None else 250, 150
+    sample = sample_rows_reference if kernels is None else kernels.RowSampler(120, 150, CPU).sample
+    size, vocab_size = 4000 if kernels is None else 120, 150
     logits = torch.from_numpy(np.random.default_rng(1).normal(0.0, 2.0, vocab_size).astype(np.float32))
     logits[::7] = -torch.inf
     drawn = draw(sample, make_batch(logits.expand(size, -1), temperature, grid(size)))
@@ -148,7 +149,7 @@ def test_logprobs_are_those_of_log_softmax(sampled: Draw) -> None:
 
 
 def test_kernels_and_reference_draw_the_same(kernels: ModuleType) -> None:
-    batch = random_batch(80, 300, FP32, seed=9)
+    batch = random_batch(40, 300, FP32, seed=9)
     ours, reference = draw_by(kernels, batch), draw(sample_rows_reference, batch)
     assert torch.equal(ours.tokens, reference.tokens)
     torch.testing.assert_close(ours.logprobs, reference.logprobs, rtol=1e-6, atol=2e-6)
@@ -213,7 +214,7 @@ def test_infinite_logits_share_the_mass(sampled: Draw) -> None:
 # ---- tokens without a weight ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("below", [-torch.inf, -1e4, -150.0])
+@pytest.mark.parametrize("below", [-torch.inf, -150.0])
 @pytest.mark.parametrize("kept", [[0], [299], [63], [64], [128, 191], [5, 6, 250], [17, 70, 71, 298]])
 def test_tokens_without_a_weight_are_never_drawn(sampled: Draw, kept: list[int], below: float) -> None:
     """-150 is no zero in float32 relative to its own block's maximum, but zero relative to the row's."""
@@ -239,11 +240,11 @@ def test_the_last_number_draws_the_last_token(sampled: Draw, size: int) -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_rows_do_not_notice_their_neighbours(sampled: Draw, dtype: torch.dtype) -> None:
-    batch = random_batch(24, 330, dtype, seed=2)
+    batch = random_batch(12, 330, dtype, seed=2)
     together = sampled(batch)
-    backwards = sampled(batch.rows(list(range(23, -1, -1))))
+    backwards = sampled(batch.rows(list(range(11, -1, -1))))
     assert_same_bits(together, Drawn(*(values.flip(0) for values in backwards)))
-    for i in range(24):
+    for i in range(12):
         assert_same_bits(sampled(batch.rows([i])), Drawn(*(values[i : i + 1] for values in together)))
 
 
@@ -270,14 +271,13 @@ def test_a_sampler_takes_any_number_of_rows_up_to_its_own(kernels: ModuleType) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("vocab_size", [151936, 262143])
-def test_compiles(compiled: list[str], vocab_size: int) -> None:
-    """For GPUs of both vendors; neither another number of rows nor a slice of a buffer costs a compilation."""
+def test_compiles(compiled: list[str]) -> None:
+    """For GPUs of both vendors."""
     from sglang.srt.ops.triton.sampling import RowSampler
 
     meta = torch.device("meta")
-    sampler = RowSampler(32, vocab_size, meta)
-    for dtype in (BF16, FP32):
+    for dtype, vocab_size in ((BF16, 151936), (FP32, 262143)):
+        sampler = RowSampler(32, vocab_size, meta)
         logits = torch.empty(32, vocab_size, dtype=dtype, device=meta)
         drawn = Drawn(*(torch.empty(32, dtype=kind, device=meta) for kind in (torch.int64, FP32, torch.bool)))
         sampler.sample(logits, torch.empty(32, device=meta), torch.empty(32, dtype=torch.float64, device=meta), *drawn)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from engine.model_harness import CPU, NaNPool, PageTable
 from engine.test_ops import softmax_attention
-from kernels.triton_interpreter import _interpret_library, _repair, _without
+from kernels.triton_interpreter import interpret_library, repair, without
 from torch import Tensor
 
 from sglang.srt.errors import ConfigError
@@ -117,15 +117,15 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
     module = _interpreted_module()
     with pytest.MonkeyPatch.context() as patch:
-        _interpret_library(patch)
-        _repair(patch)
+        interpret_library(patch)
+        repair(patch)
         patch.setattr(backend, "ops", module)
         yield module
 
 
 @cache
 def _interpreted_module() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch, _without(MODULE):
+    with pytest.MonkeyPatch.context() as patch, without(MODULE):
         patch.setenv("TRITON_INTERPRET", "1")
         return importlib.import_module(MODULE)
 

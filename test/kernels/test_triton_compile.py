@@ -167,3 +167,38 @@ def test_layers_and_graphs_share_kernels(compiled: list[str], monkeypatch: pytes
         term = LoraDelta(t(rows, site.u_width), t.slabs, site, batch)
         triton_ops.silu_and_mul(t(rows, 1024), t(rows, 512), term)
     assert len(compilations) == 1
+
+
+# ---- the server's own ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("heads", "dim", "page_size", "window"), [(16, 128, 16, None), (9, 64, 1, 100)])
+def test_attention_compiles(compiled: list[str], heads: int, dim: int, page_size: int, window: int | None) -> None:
+    from sglang.srt.ops.triton import attention
+
+    kv_heads, dtype = 8 if heads == 16 else 3, torch.bfloat16
+    q = meta(ROWS, heads, dim, dtype=dtype)
+    pool = meta(64 * page_size, kv_heads, dim, dtype=dtype)
+    kv = attention.PagedKV(pool, pool, meta(5, 9, dtype=torch.int32), page_size)
+    index, out = meta(4, dtype=torch.int64), meta(ROWS, heads * dim, dtype=dtype)
+    counters = meta(99, dtype=torch.int32)
+    for places, parts in ((None, 1), (None, 8), (meta(3, 2, dtype=torch.int64), 8)):
+        decodes = attention.Decodes(index, index, places, 4 if places is None else 3)
+        attention.decode(q, out, kv, decodes, attention.Splits(parts, 64), counters, 0.1, window)
+    tiles = attention.prefill_tiles(dim, heads // kv_heads, dtype, q.device)
+    blocks = meta(6, attention.BLOCK_FIELDS, dtype=torch.int64)
+    attention.prefill(q, out, kv, index, blocks, 0.1, window, tiles)
+    assert set(compiled) == {"_decode", "_prefill"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_rest_of_a_captured_step_compiles(compiled: list[str], dtype: torch.dtype) -> None:
+    from sglang.srt.ops.triton import decode_step, sampling
+
+    sampler = sampling.RowSampler(ROWS, 151936, torch.device("meta"))
+    numbers = meta(ROWS, dtype=torch.float32), meta(ROWS, dtype=torch.float64)
+    drawn = meta(ROWS, dtype=torch.int64), meta(ROWS, dtype=torch.float32), meta(ROWS, dtype=torch.bool)
+    sampler.sample(meta(ROWS, 151936, dtype=dtype), *numbers, *drawn)
+    index = meta(ROWS, dtype=torch.int64)
+    decode_step.begin_decode(index, index, index, meta(9, dtype=torch.int64), meta(9, 7, dtype=torch.int32), 16, index)
+    assert compiled == ["_sum_blocks", "_pick_tokens", "_begin"]

@@ -28,20 +28,20 @@ def interpreted() -> Iterator[ModuleType]:
     """sgl_kernel.triton_ops for tensors on the CPU."""
     pytest.importorskip("triton")
     with pytest.MonkeyPatch.context() as patch:
-        _interpret_library(patch)
-        _repair(patch)
+        interpret_library(patch)
+        repair(patch)
         yield _interpreted_package()
 
 
 @cache
 def _interpreted_package() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch, _without(PACKAGE):
+    with pytest.MonkeyPatch.context() as patch, without(PACKAGE):
         patch.setenv("TRITON_INTERPRET", "1")
         return importlib.import_module(PACKAGE)
 
 
 @contextmanager
-def _without(package: str) -> Iterator[None]:
+def without(package: str) -> Iterator[None]:
     """Import `package` anew inside; outside there is no trace of that."""
     parent, name = package.rsplit(".", 1)
     container = importlib.import_module(parent)
@@ -64,7 +64,7 @@ def _pop_modules(package: str) -> dict[str, ModuleType]:
     return {name: sys.modules.pop(name) for name in names}
 
 
-def _interpret_library(patch: pytest.MonkeyPatch) -> None:
+def interpret_library(patch: pytest.MonkeyPatch) -> None:
     """Interpret Triton's own device functions (zeros, sum, ...) too, where they were imported to be compiled."""
     import triton.language as tl
     from triton.language import standard
@@ -89,7 +89,7 @@ def _interpret_library(patch: pytest.MonkeyPatch) -> None:
                 patch.setattr(module, name, ours.setdefault(id(value), interpreter.InterpretedFunction(value.fn)))
 
 
-def _repair(patch: pytest.MonkeyPatch) -> None:
+def repair(patch: pytest.MonkeyPatch) -> None:
     import triton.language as tl
     from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle

@@ -37,5 +37,15 @@ def begin_decode(
     """
     rows = len(slots)
     _begin[(triton.cdiv(rows, _ROWS),)](
-        slots, positions, locs, last_tokens, pages, ids, rows, pages.shape[1], page_size, BLOCK=_ROWS
+        slots,
+        positions,
+        locs,
+        last_tokens,
+        pages,
+        ids,
+        rows,
+        pages.shape[1],
+        page_size,
+        BLOCK=_ROWS,
+        enable_fp_fusion=True,
     )

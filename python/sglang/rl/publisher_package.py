@@ -1,0 +1,218 @@
+"""An adapter as the bytes that every server gets: made once, of any framework's tensors.
+
+Called by `publisher`. Imports no framework: torch and PEFT are used only when the tensors are theirs.
+Invariants: equal tensors under equal names and equal configs give equal bytes, whatever their order; the bytes are a
+safetensors image of contiguous tensors, in the order of their names; nothing is left out silently.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import hashlib
+import importlib
+import json
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+DType = Literal["bfloat16", "float16", "float32"]
+DTYPES: tuple[DType, ...] = ("bfloat16", "float16", "float32")
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_CODES: dict[DType, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_ITEM_BYTES: dict[DType, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+_ALIGNMENT = 8
+_WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
+_ADAPTER_NAME = re.compile(r"(\.lora_(?:[AB]|embedding_[AB]))\.(?!weight$)[^.]+(\.weight)?$")
+
+
+class Package:
+    """A serialised adapter.
+
+    Args:
+        tensors: by PEFT's names; of torch (DTensors are gathered), numpy, or anything that numpy takes.
+        config: as adapter_config.json has it.
+        dtype: of all tensors, into which they are rounded.
+
+    Attributes:
+        config: adapter_config.json.
+        header, data: together a safetensors image; data is uint8 [nbytes].
+
+    Raises:
+        ValueError, TypeError: there are no tensors, or one that cannot be sent; names it.
+    """
+
+    def __init__(self, tensors: Mapping[str, Any], config: Mapping[str, Any], dtype: DType = "bfloat16") -> None:
+        if not tensors:
+            raise ValueError("the adapter has no tensors; give a PeftModel, or its state dict by PEFT's names")
+        self.config = json.dumps(plain(config), sort_keys=True).encode()
+        self._dtype = dtype
+        named = dict(sorted((_plain_name(name), tensor) for name, tensor in tensors.items()))
+        if len(named) != len(tensors):
+            raise ValueError("two tensors have the same name; give the tensors of one adapter")
+        self.shapes = {name: tuple(int(n) for n in tensor.shape) for name, tensor in named.items()}
+        self.data = _torch_bytes(named, dtype) if _all_torch(named) else _numpy_bytes(named, dtype)
+        self.header = self._make_header()
+        self._digest: str | None = None
+        # Hashing takes as long as sending, so it runs beside it.
+        self._hashing = threading.Thread(target=self._hash, name="publish digest", daemon=True)
+        self._hashing.start()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of config and image, hexadecimal."""
+        self._hashing.join()
+        assert self._digest is not None
+        return self._digest
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the image."""
+        return len(self.header) + self.data.nbytes
+
+    def image(self) -> list[bytes | memoryview]:
+        """The safetensors image, in pieces."""
+        return [self.header, memoryview(self.data)]
+
+    def files(self) -> dict[str, list[bytes | memoryview]]:
+        """What the directory of an adapter holds."""
+        return {CONFIG_FILE: [self.config], WEIGHTS_FILE: self.image()}
+
+    def check_finite(self) -> None:
+        """For servers that do not look themselves.
+
+        Raises:
+            ValueError: a tensor has NaN or infinite values.
+        """
+        from sgl_kernel.lora.bf16 import all_finite
+
+        kind = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}[self._dtype]
+        for name, part in self._parts():
+            if not all_finite(part.view(kind)):
+                raise ValueError(f"{name} has NaN or infinite values in {self._dtype}; look at the training")
+
+    def torch_tensors(self) -> dict[str, Any]:
+        """The tensors as torch's, for servers that take nothing else; they share the package's memory."""
+        import torch
+
+        kind = getattr(torch, self._dtype)
+        return {name: torch.from_numpy(part).view(kind).reshape(self.shapes[name]) for name, part in self._parts()}
+
+    def _parts(self) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+        start = 0
+        for name, shape in self.shapes.items():
+            end = start + int(np.prod(shape)) * _ITEM_BYTES[self._dtype]
+            yield name, self.data[start:end]
+            start = end
+
+    def _make_header(self) -> bytes:
+        entries, start = {}, 0
+        for name, part in self._parts():
+            offsets = [start, start + len(part)]
+            entries[name] = {"dtype": _CODES[self._dtype], "shape": list(self.shapes[name]), "data_offsets": offsets}
+            start = offsets[1]
+        assert start == self.data.nbytes, "the tensors changed their shapes"
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % _ALIGNMENT)
+        return len(text).to_bytes(8, "little") + text
+
+    def _hash(self) -> None:
+        digest = hashlib.sha256(self.config)
+        digest.update(self.header)
+        digest.update(memoryview(self.data))
+        self._digest = digest.hexdigest()
+
+
+def gather(adapter: Any, config: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tensors and the config of an adapter, whatever form it has.
+
+    Of a sharded model every rank has to call this, because its DTensors are gathered here; one of them publishes what
+    it returns.
+
+    Args:
+        adapter: a PeftModel, or a mapping of tensors by PEFT's names.
+        config: LoraConfig or mapping; None for the PeftModel's own.
+
+    Raises:
+        TypeError, ValueError: it is neither; or there is no config.
+    """
+    if isinstance(adapter, Mapping):
+        tensors = dict(adapter)
+    elif hasattr(adapter, "peft_config"):
+        name = getattr(adapter, "active_adapter", "default")
+        config = adapter.peft_config[name] if config is None else config
+        # Without a look at the hub, or base weights that every server has.
+        read = importlib.import_module("peft").get_peft_model_state_dict
+        tensors = dict(read(adapter, adapter_name=name, save_embedding_layers=False))
+    else:
+        raise TypeError(f"{type(adapter).__name__} is neither a PeftModel nor a mapping of tensors by PEFT's names")
+    if config is None:
+        raise ValueError(
+            "tensors alone do not say how they are scaled; give the LoraConfig, or a dict like it, as config"
+        )
+    whole = {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in tensors.items()}
+    return whole, plain(config.to_dict() if hasattr(config, "to_dict") else config)
+
+
+def plain(value: Any) -> Any:
+    """A config as JSON takes it: enumerations by value, sets in order.
+
+    Raises:
+        TypeError: something that JSON has no form for.
+    """
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(plain(item) for item in value)
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    raise TypeError(f"the config has {value!r}, which JSON has no form for; give plain values")
+
+
+def _plain_name(name: str) -> str:
+    """Without what wrappers add, and without the adapter's own name, as PEFT saves it."""
+    return _ADAPTER_NAME.sub(r"\1\2", _WRAPPERS.sub("", name))
+
+
+def _all_torch(tensors: Mapping[str, Any]) -> bool:
+    return all(hasattr(tensor, "detach") and hasattr(tensor, "data_ptr") for tensor in tensors.values())
+
+
+def _torch_bytes(tensors: Mapping[str, Any], dtype: DType) -> NDArray[np.uint8]:
+    """All tensors behind each other: rounded and joined on their own device, then copied from it once."""
+    import torch
+
+    kind = getattr(torch, dtype)
+    parts = []
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} is {tensor.dtype}; tensors of adapters are floating-point numbers")
+        parts.append(tensor.detach().to(kind).contiguous().reshape(-1).view(torch.uint8))
+    if len({part.device for part in parts}) > 1:
+        parts = [part.cpu() for part in parts]
+    joined: NDArray[np.uint8] = torch.cat(parts).cpu().numpy()
+    return joined
+
+
+def _numpy_bytes(tensors: Mapping[str, Any], dtype: DType) -> NDArray[np.uint8]:
+    from sgl_kernel.lora import bf16
+
+    convert = {"bfloat16": bf16.to_bf16_bits, "float16": bf16.to_float16, "float32": bf16.to_float32}[dtype]
+    parts = []
+    for name, tensor in tensors.items():
+        try:
+            parts.append(np.ascontiguousarray(convert(tensor)).reshape(-1).view(np.uint8))
+        except TypeError as error:
+            raise TypeError(f"{name}: {error}") from error
+    return np.concatenate(parts)
