@@ -115,12 +115,14 @@ ONLY: dict[str, tuple[str, ...]] = {
     "torch": (BACK, "sglang.rl"),
     "triton": ("sglang.srt.ops",),
     "flashinfer": ("sglang.srt.ops",),
-    "sgl_kernel": ("sglang.srt.ops",),
+    # The half without torch is for trainers, too.
+    "sgl_kernel": ("sglang.srt.ops", "sglang.rl"),
     "zmq": ("sglang.srt.managers.ipc",),
     "fastapi": ("sglang.srt.entrypoints",),
     "starlette": ("sglang.srt.entrypoints",),
     "uvicorn": ("sglang.srt.entrypoints",),
-    "transformers": (),
+    "transformers": ("sglang.rl",),
+    "peft": ("sglang.rl",),
 }
 
 

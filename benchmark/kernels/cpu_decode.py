@@ -60,7 +60,9 @@ class Ours:
         shape = (config.num_hidden_layers, max_tokens, config.num_key_value_heads, config.head_dim)
         self.pool = KVPool(*shape, torch.float32, CPU)
         self.table = ReqTable(64, max_tokens, 1, CPU)
-        self.attention = create_attention_backend("torch_native", self.pool, self.table, CPU, config.sliding_window)
+        self.attention = create_attention_backend(
+            "torch_native", self.pool, self.table, config.num_attention_heads, CPU, config.sliding_window
+        )
 
     @torch.inference_mode()
     def step(self, ids: torch.Tensor, past: int) -> torch.Tensor:
@@ -73,7 +75,7 @@ class Ours:
         positions = torch.arange(past, total).repeat(batch)
         slots = torch.arange(batch)
         locs = self.table.pages[:batch, past:total].reshape(-1).long()
-        self.attention.plan(StepShape(lens, np.full(batch, total, dtype=np.int32)), slots, locs)
+        self.attention.plan(StepShape(lens, np.full(batch, total, dtype=np.int32)), slots)
         rows = torch.arange(1, batch + 1) * new - 1
         hidden = self.model.forward(ForwardContext(ids.reshape(-1), positions, locs, self.pool, self.attention))
         return self.model.compute_logits(hidden if new == 1 else hidden[rows])

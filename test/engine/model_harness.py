@@ -91,7 +91,9 @@ class Harness:
             config.num_hidden_layers, capacity, config.num_key_value_heads, config.head_dim, dtype, device
         )
         self.table = PageTable(slots, -(-max_len // page_size), page_size, num_pages, device)
-        self.attention = create_attention_backend("torch_native", self.pool, self.table, device, config.sliding_window)
+        self.attention = create_attention_backend(
+            "torch_native", self.pool, self.table, config.num_attention_heads, device, config.sliding_window
+        )
         self._slots = 0
 
     def open(self) -> SequenceState:
@@ -123,7 +125,7 @@ class Harness:
         kv_lens = [len(sequence.tokens) for sequence, _ in work]
         shape = StepShape(np.array(query_lens, dtype=np.int32), np.array(kv_lens, dtype=np.int32))
         slots = self._tensor([sequence.slot for sequence, _ in work])
-        self.attention.plan(shape, slots, self._tensor(locs))
+        self.attention.plan(shape, slots)
         ctx = ForwardContext(self._tensor(ids), self._tensor(positions), self._tensor(locs), self.pool, self.attention)
         logits = self.model.compute_logits(self.model.forward(ctx)).float()
         assert logits.dtype == torch.float32 and logits.is_contiguous()

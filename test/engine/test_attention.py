@@ -28,7 +28,7 @@ class Bench:
         self.heads, self.kv_heads, self.window = heads, kv_heads, window
         self.pool = NaNPool(LAYERS, capacity, kv_heads, DIM, torch.float32, CPU)
         self.table = PageTable(8, 600 // page_size, page_size, capacity // page_size, CPU)
-        self.backend = create_attention_backend("torch_native", self.pool, self.table, CPU, window)
+        self.backend = create_attention_backend("torch_native", self.pool, self.table, heads, CPU, window)
         self.history: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self.generator = torch.Generator().manual_seed(1)
 
@@ -46,7 +46,7 @@ class Bench:
         kv_lens = np.array(old, dtype=np.int32) + np.array(counts, dtype=np.int32)
         shape = StepShape(np.array(counts, dtype=np.int32), kv_lens)
         self.locs = torch.from_numpy(np.concatenate(locs))
-        self.backend.plan(shape, torch.tensor(slots), self.locs)
+        self.backend.plan(shape, torch.tensor(slots))
         for layer in range(LAYERS):
             self._layer(layer, slots, counts)
 
@@ -147,7 +147,7 @@ def test_pool_of_another_dtype_is_converted() -> None:
 
 def test_unknown_back_end_is_named() -> None:
     with pytest.raises(ConfigError, match="warp"):
-        create_attention_backend("warp", NaNPool(1, 4, 1, 4, torch.float32, CPU), PageTable(1, 1, 1, 4, CPU), CPU)
+        create_attention_backend("warp", NaNPool(1, 4, 1, 4, torch.float32, CPU), PageTable(1, 1, 1, 4, CPU), 1, CPU)
 
 
 def test_churn_in_random_order_stays_right() -> None:

@@ -36,7 +36,7 @@ class Attention(TorchNativeAttention):
 
     def plan_decode(self, slots: Tensor, kv_lens: Tensor) -> None:
         lens = kv_lens.numpy().astype(np.int32)
-        self.plan(StepShape(np.ones_like(lens), lens), slots, slots)
+        self.plan(StepShape(np.ones_like(lens), lens), slots)
 
 
 class Replay:

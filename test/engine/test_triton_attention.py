@@ -46,7 +46,7 @@ class Bench:
         self.dtype, self.device, self.scale = dtype, device, dim**-0.5
         self.pool = NaNPool(LAYERS, capacity, kv_heads, dim, dtype, device)
         self.table = PageTable(slots, max_len // page_size, page_size, capacity // page_size, device)
-        self.backend = TritonAttention(self.pool, self.table, device, window)
+        self.backend = TritonAttention(self.pool, self.table, heads, device, window)
         self.lengths, self.layer = [0] * slots, 0
         self.generator = torch.Generator().manual_seed(1)
 
@@ -77,7 +77,7 @@ class Bench:
         slots, counts = zip(*work, strict=True)
         lengths = [self.lengths[slot] for slot in slots]
         shape = StepShape(np.array(counts, dtype=np.int32), np.array(lengths, dtype=np.int32))
-        self.backend.plan(shape, torch.tensor(slots, device=self.device), torch.empty(0, dtype=torch.int64))
+        self.backend.plan(shape, torch.tensor(slots, device=self.device))
         self.layer = (self.layer + 1) % LAYERS
         q = self.queries(sum(counts))
         self.check(self.forward(q, self.layer), q, self.layer, slots, counts, lengths)
@@ -249,7 +249,7 @@ def test_a_first_step_of_decodes_only() -> None:
     bench = Bench(4, 2, 32)
     bench.grow(0, 5)
     shape = StepShape(np.array([5], dtype=np.int32), np.array([5], dtype=np.int32))
-    bench.backend.plan(shape, torch.tensor([0]), torch.empty(0, dtype=torch.int64))
+    bench.backend.plan(shape, torch.tensor([0]))
     bench.step([(0, 1)])
     bench.step([(1, 40), (0, 1)])
 
@@ -269,4 +269,4 @@ def test_page_sizes_are_powers_of_two(page_size: int) -> None:
     table = PageTable(1, 1, 1, 4, CPU)
     table.page_size = page_size
     with pytest.raises(ConfigError, match=f"--page-size {page_size}.*power of two"):
-        TritonAttention(NaNPool(1, 4, 1, 16, torch.float32, CPU), table, CPU)
+        TritonAttention(NaNPool(1, 4, 1, 16, torch.float32, CPU), table, 1, CPU)

@@ -129,7 +129,7 @@ def test_the_same_bits_twice(batch: int) -> None:
     for slot in range(batch):
         bench.grow(slot, 1000 + 13 * slot if batch > 1 else 8000)
     shape = StepShape(np.ones(batch, dtype=np.int32), np.array(bench.lengths, dtype=np.int32))
-    bench.backend.plan(shape, torch.arange(batch, device="cuda"), torch.empty(0, dtype=torch.int64))
+    bench.backend.plan(shape, torch.arange(batch, device="cuda"))
     q = bench.queries(batch)
     first = bench.forward(q, 0)
     for _ in range(50):
@@ -140,7 +140,7 @@ def test_a_prefill_gives_the_same_bits_twice() -> None:
     bench = make_bench()
     bench.grow(0, 3000)
     shape = StepShape(np.array([2500], dtype=np.int32), np.array([3000], dtype=np.int32))
-    bench.backend.plan(shape, torch.zeros(1, dtype=torch.int64, device="cuda"), torch.empty(0, dtype=torch.int64))
+    bench.backend.plan(shape, torch.zeros(1, dtype=torch.int64, device="cuda"))
     q = bench.queries(2500)
     assert torch.equal(bench.forward(q, 0), bench.forward(q, 0))
 
@@ -166,13 +166,13 @@ def test_plan_and_forward_never_wait() -> None:
     for slot in range(3):
         bench.grow(slot, 300)
     shape = StepShape(np.array([1, 40, 1], dtype=np.int32), np.array([300, 300, 300], dtype=np.int32))
-    slots, none, q = torch.arange(3, device="cuda"), torch.empty(0, dtype=torch.int64), bench.queries(42)
-    bench.backend.plan(shape, slots, none)
+    slots, q = torch.arange(3, device="cuda"), bench.queries(42)
+    bench.backend.plan(shape, slots)
     bench.forward(q, 0)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        bench.backend.plan(shape, slots, none)
+        bench.backend.plan(shape, slots)
         bench.backend.forward(q, q[:, :8], q[:, :8], 0, bench.scale)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -392,14 +392,28 @@ def keeps_record(wait_one: Method) -> Method:
 def ends_batch(handle_batch_output: Method) -> Method:
     """Decorate `_handle_batch_output`: whatever the scheduler reports as finished gives its adapter back."""
 
+    def finish(manager: Any, recv_obj: Any) -> None:
+        for rid, reason in zip(recv_obj.rids, recv_obj.finished_reasons, strict=False):
+            if reason is not None:
+                manager.rid_to_state.finish(rid)
+
+    if inspect.iscoroutinefunction(handle_batch_output):
+
+        @functools.wraps(handle_batch_output)
+        async def wrapper_async(self: Any, recv_obj: Any) -> Any:
+            try:
+                return await handle_batch_output(self, recv_obj)
+            finally:
+                finish(self, recv_obj)
+
+        return _mark(wrapper_async)
+
     @functools.wraps(handle_batch_output)
-    async def wrapper(self: Any, recv_obj: Any) -> Any:
-        finished = [rid for rid, why in zip(recv_obj.rids, recv_obj.finished_reasons, strict=True) if why is not None]
+    def wrapper(self: Any, recv_obj: Any) -> Any:
         try:
-            return await handle_batch_output(self, recv_obj)
+            return handle_batch_output(self, recv_obj)
         finally:
-            for rid in finished:
-                self.rid_to_state.finish(rid)
+            finish(self, recv_obj)
 
     return _mark(wrapper)
 

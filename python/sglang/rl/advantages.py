@@ -2,8 +2,8 @@
 
 Called by `train` on rank 0 once a step; plain numbers in, plain numbers out. One advantage per attempt, of which every
 token gets the same (outcome rewards; Shao et al. 2024, "DeepSeekMath", section 4.1).
-Invariants: nothing is NaN; attempts whose group says nothing about them get exactly 0, not a rounding error that a
-division by a tiny deviation has blown up.
+Invariants: nothing is NaN; equal rewards get exactly 0 from their group's mean, not a rounding error that a division by
+a tiny deviation has blown up.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ class RunLog:
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Lines of a metrics.jsonl. A line that is no JSON object with a step is left out: a crash may cut the last one off.
+    """Lines of a metrics.jsonl, but for any that is no JSON object with a step: a crash may cut the last one off.
 
     Raises:
         OSError: it cannot be read.

@@ -47,7 +47,7 @@ class Policy(nn.Module):
         # No logits are kept for the backward pass: a piece at a time is computed again.
         parts = [
             checkpoint(_logprobs, head, part, target, temperature, use_reentrant=False)
-            for part, target in zip(rows.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
+            for part, target in zip(torch.split(rows, LOGIT_ROWS), torch.split(targets, LOGIT_ROWS), strict=True)
         ]
         found = torch.cat(parts).view(len(input_ids), -1)
         return nn.functional.pad(found, (1, 0))
@@ -82,7 +82,7 @@ def load_policy(section: ModelSection, device: torch.device, seed: int) -> Polic
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=section.lora.rank,
-        lora_alpha=section.lora.alpha,
+        lora_alpha=section.lora.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
         target_modules=targets if isinstance(targets, str) else list(targets),
         bias="none",
     )
@@ -93,7 +93,7 @@ def load_policy(section: ModelSection, device: torch.device, seed: int) -> Polic
             parameter.data = parameter.data.float()
     if section.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        base.enable_input_require_grads()
+        base.enable_input_require_grads()  # type: ignore[no-untyped-call]
     policy = Policy(model).to(device)
     if dist.is_initialized():
         _shard(policy, dtype)

@@ -59,6 +59,7 @@ class Package:
         self.data = _torch_bytes(named, dtype) if _all_torch(named) else _numpy_bytes(named, dtype)
         self.header = self._make_header()
         self._digest: str | None = None
+        self._pickle: str | None = None
         # Hashing takes as long as sending, so it runs beside it.
         self._hashing = threading.Thread(target=self._hash, name="publish digest", daemon=True)
         self._hashing.start()
@@ -77,7 +78,7 @@ class Package:
 
     def image(self) -> list[bytes | memoryview]:
         """The safetensors image, in pieces."""
-        return [self.header, memoryview(self.data)]
+        return [self.header, self.data.data]
 
     def files(self) -> dict[str, list[bytes | memoryview]]:
         """What the directory of an adapter holds."""
@@ -96,12 +97,17 @@ class Package:
             if not all_finite(part.view(kind)):
                 raise ValueError(f"{name} has NaN or infinite values in {self._dtype}; look at the training")
 
-    def torch_tensors(self) -> dict[str, Any]:
-        """The tensors as torch's, for servers that take nothing else; they share the package's memory."""
-        import torch
+    def make_pickle(self) -> str:
+        """The tensors as stock servers take them in a request: base64 of torch tensors, pickled. Made once."""
+        if self._pickle is None:
+            import torch
 
-        kind = getattr(torch, self._dtype)
-        return {name: torch.from_numpy(part).view(kind).reshape(self.shapes[name]) for name, part in self._parts()}
+            from sglang.srt.utils.serialization import MultiprocessingSerializer
+
+            kind = getattr(torch, self._dtype)
+            named = {n: torch.from_numpy(part).view(kind).reshape(self.shapes[n]) for n, part in self._parts()}
+            self._pickle = str(MultiprocessingSerializer.serialize(named, output_str=True))
+        return self._pickle
 
     def _parts(self) -> Iterator[tuple[str, NDArray[np.uint8]]]:
         start = 0
@@ -124,7 +130,7 @@ class Package:
     def _hash(self) -> None:
         digest = hashlib.sha256(self.config)
         digest.update(self.header)
-        digest.update(memoryview(self.data))
+        digest.update(self.data.data)
         self._digest = digest.hexdigest()
 
 

@@ -9,7 +9,6 @@ error names the remedy.
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,6 +29,10 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
 _POLL_SECONDS = 0.02
 _NO_FILE = ("adapter_not_found", "path_unreadable")
 _NOT_THERE = (404, 405)
+_LEAK = (
+    "its unload of {} has not returned: stock servers lose count of an adapter's users (aborts, disconnects, n > 1), "
+    "and then every later load waits as well; restart it, or install the fix for stock servers there"
+)
 
 
 class Refused(SglangError):
@@ -147,12 +150,12 @@ class Server:
         body = {"lora_name": name, "lora_version": staged.version_id, "digest": staged.digest, "mode": mode}
         self._post("/commit_lora_adapter", body, deadline, attempts=None)
 
-    def drop(self, name: str, staged: Staged, deadline: Deadline) -> None:
-        """Undo `stage`."""
-        if staged.version_id is not None:
+    def undo(self, name: str, staged: Staged | None, deadline: Deadline) -> None:
+        """Undo `stage`, or one that has failed; what cannot be named goes by itself when its time is over."""
+        if staged is not None and staged.version_id is not None:
             body = {"lora_name": name, "lora_version": staged.version_id}
             self._post("/drop_lora_adapter", body, deadline)
-        elif name in self.loaded:
+        elif name in self.loaded or name in self._unanswered:
             self.unload(name, deadline)
 
     def unload(self, name: str, deadline: Deadline) -> None:
@@ -161,43 +164,51 @@ class Server:
         Raises:
             TransportError: a stock one has not answered in time: it waits for its count of the name's users.
         """
-        body: dict[str, Any] = {"lora_name": name}
-        if self.kind == "versioned":
-            body["timeout"] = 0.0
-        self.stuck = name if self.kind == "stock" else None
+        limit = {"timeout": 0.0} if self.kind == "versioned" else {}
+        self._unanswered.discard(name)
+        if name in self.loaded:
+            self.loaded.remove(name)
         try:
-            self._post("/unload_lora_adapter", body, deadline, attempts=1)
+            self._post("/unload_lora_adapter", {"lora_name": name, **limit}, deadline, attempts=1)
+        except TransportError as error:
+            if self.kind == "stock" and deadline.passed:
+                self.stuck = name
+                raise TransportError(f"{error}; {_LEAK.format(name)}") from error
+            raise
         except Refused as error:
             # Still held, and freed by the last holder; or gone already.
             if error.code != "busy" and "does not exist" not in str(error):
                 raise
-        finally:
-            self.loaded.remove(name)
-        self.stuck = None
 
     def _load(self, package: Package, name: str, path: str | None, deadline: Deadline) -> Staged:
+        body: dict[str, Any] = {"lora_name": name}
         if path is not None and self.reads_files():
-            how, target, body = "path", "/load_lora_adapter", {"lora_name": name, "lora_path": path}
+            how, target, body["lora_path"] = "shm" if self.shared else "path", "/load_lora_adapter", path
         else:
             how, target = "bytes", "/load_lora_adapter_from_tensors"
-            body = {
-                "lora_name": name,
-                "config_dict": json.loads(package.config),
-                "serialized_tensors": _pickled(package),
-            }
-        try:
-            self._post(target, body, deadline)
-        except TransportError as error:
-            self._unanswered.add(name)
-            if self.stuck is not None:
-                raise TransportError(f"{error}; {_leak(self.stuck)}") from error
-            raise
-        except Refused as error:
-            # Names are fresh: if it is loaded, an attempt whose reply was lost has done it.
-            if "already loaded" not in str(error) or name not in self._unanswered:
+            body |= {"config_dict": json.loads(package.config), "serialized_tensors": package.make_pickle()}
+
+        def attempt() -> None:
+            try:
+                self._post(target, body, deadline, attempts=1)
+            except TransportError:
+                self._unanswered.add(name)
                 raise
+            except Refused as error:
+                # Names are fresh: if it is loaded, an attempt whose reply was lost has done it.
+                if "already loaded" not in str(error) or name not in self._unanswered:
+                    raise
+
+        try:
+            persistently(attempt, deadline)
+        except TransportError as error:
+            if self.stuck is None:
+                raise
+            raise TransportError(f"{error}; {_LEAK.format(self.stuck)}") from error
+        self.stuck = None
         self._unanswered.discard(name)
-        self.loaded.append(name)
+        if name not in self.loaded:
+            self.loaded.append(name)
         return Staged(None, None, how)
 
     # ---- pausing -------------------------------------------------------------------------------------------------
@@ -322,18 +333,3 @@ def _refusal(reply: Reply) -> Refused:
 
 def _staged(reply: dict[str, Any], transport: str) -> Staged:
     return Staged(int(reply["lora_version"]), str(reply["digest"]), transport)
-
-
-def _leak(name: str) -> str:
-    return (
-        f"its unload of {name} has not returned: stock servers lose count of an adapter's users (aborts, disconnects, "
-        "n > 1), and then every later load waits as well; restart it, with the fix for stock servers if you can"
-    )
-
-
-def _pickled(package: Package) -> str:
-    """What stock servers take as tensors."""
-    from sglang.srt.utils.serialization import MultiprocessingSerializer
-
-    text = MultiprocessingSerializer.serialize(package.torch_tensors(), output_str=True)
-    return text if isinstance(text, str) else base64.b64encode(text).decode()

@@ -127,7 +127,7 @@ class HttpClient:
             headers["Authorization"] = f"Bearer {key}"
         connection = self._kind(self.host, self._port, timeout=deadline.left())
         try:
-            self._send(connection, method, self._base + path, body, headers)
+            self._send(connection, method, self._base + path, body, headers, deadline)
             return _receive(connection, self._socket, deadline)
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, TimeoutError) or deadline.passed:
@@ -149,10 +149,13 @@ class HttpClient:
         path: str,
         body: Sequence[bytes | memoryview],
         headers: Mapping[str, str],
+        deadline: Deadline,
     ) -> None:
         self._socket = None
         connection.connect()
         self._socket = connection.sock
+        # Looking up the name may have taken for ever, and nothing may be sent that is not waited for any more.
+        connection.sock.settimeout(deadline.left())
         # A server that refuses before it has read everything may close: what it has said is worth more than the error.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             connection.request(method, path, iter(body) if body else None, headers)

@@ -47,6 +47,11 @@ def backend_for(tensor: Tensor) -> Any:
     return triton_ops
 
 
+def is_compiled_for(tensor: Tensor) -> bool:
+    """Whether operations on this tensor are the compiled library's."""
+    return _binding.native_for(tensor) is not None
+
+
 # ---- adapters --------------------------------------------------------------------------------------------------------
 
 

@@ -58,13 +58,12 @@ class AttentionBackend(Protocol):
     K and V of the new tokens are in the pool, at `out_locs`, before `forward` is called.
     """
 
-    def plan(self, shape: StepShape, req_slots: Tensor, out_locs: Tensor) -> None:
+    def plan(self, shape: StepShape, req_slots: Tensor) -> None:
         """Prepare a step.
 
         Args:
             req_slots: int64 [B] rows of the page table (`PageTableView`) of the step's sequences; pages of the new
                 tokens are already in it. Entries of the table beyond a sequence's pages are valid pages to be masked.
-            out_locs: int64 [T] pool rows the new tokens' K and V go to.
         """
         ...
 

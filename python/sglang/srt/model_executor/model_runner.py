@@ -203,7 +203,7 @@ class ModelRunner:
         elif len(step.decode_rows):
             decode_rows, decode_slots = self._to_device(np.stack([step.decode_rows, step.decode_slots]))
             input_ids[decode_rows] = self._last_tokens[decode_slots]
-        self.attention.plan(step.shape, slots, out_locs)
+        self.attention.plan(step.shape, slots)
         adapters = self._adapters(step)
         ctx = ForwardContext(input_ids, positions, out_locs, self.kv_pool, self.attention, adapters.of_all())
         hidden = self.model.forward(ctx)

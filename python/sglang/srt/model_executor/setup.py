@@ -93,7 +93,8 @@ def build_engine(config: Config) -> Engine:
         enable_cache=not memory.disable_radix_cache,
     )
     window = config.model.sliding_window
-    attention = create_attention_backend(config.device.attention_backend, pool, kv.table, platform.device, window)
+    name, num_heads = config.device.attention_backend, config.model.num_attention_heads
+    attention = create_attention_backend(name, pool, kv.table, num_heads, platform.device, window)
     original = environ.SGLANG_RETURN_ORIGINAL_LOGPROB.get()
     sampler = Sampler(config.model.vocab_size, platform.device, original, max_rows=schedule.max_running_requests)
     runner = ModelRunner(

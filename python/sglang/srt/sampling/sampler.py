@@ -236,6 +236,17 @@ class Sampler:
         output.logprobs = logprobs if len(plan.logprob) else None
         return output
 
+    def _draw_plain(self, logits: Tensor, plan: SamplingPlan, numbers: NDArray[np.float64]) -> Tensor:
+        """By the kernels too, so that what a row draws does not depend on what other rows want."""
+        assert self.draw_rows is not None
+        rows = plan.plain
+        tokens = torch.empty(len(rows), dtype=torch.int64, device=self.device)
+        logprobs = torch.empty(len(rows), dtype=torch.float32, device=self.device)
+        bad = torch.empty(len(rows), dtype=torch.bool, device=self.device)
+        temperature = rows.take(plan.row_temperature_on_device)
+        self.draw_rows(rows.take(logits), temperature, to_device(numbers, self.device), tokens, logprobs, bad)
+        return tokens
+
     def _take_greedy(self, logits: Tensor, output: SampleOutput) -> None:
         """Fill tokens and bad_rows of the greedy rows."""
         rows = output.plan.greedy
@@ -256,7 +267,9 @@ class Sampler:
         if drawn:
             positions = np.asarray([rows[i].position for i in drawn], np.uint64)
             whole, narrowed = np.split(uniforms(plan.seeds[drawn], positions), [len(plan.plain)])
-            if len(plan.plain):
+            if len(plan.plain) and self.draw_rows is not None:
+                plan.plain.put(output.tokens, self._draw_plain(logits, plan, whole))
+            elif len(plan.plain):
                 plan.plain.put(output.tokens, self._draws.draw(weights, plan.plain_soft.index, whole))
             if len(plan.filtered):
                 tokens = self._draws.draw_filtered(weights, plan.filtered_soft.index, narrowed, plan.filters)

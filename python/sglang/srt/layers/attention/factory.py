@@ -9,9 +9,14 @@ from sglang.srt.model_executor.forward_context import AttentionBackend, KVPoolVi
 
 
 def create_attention_backend(
-    name: str, kv_pool: KVPoolView, page_table: PageTableView, device: torch.device, sliding_window: int | None = None
+    name: str,
+    kv_pool: KVPoolView,
+    page_table: PageTableView,
+    num_heads: int,
+    device: torch.device,
+    sliding_window: int | None = None,
 ) -> AttentionBackend:
-    """The back end called `name`.
+    """The back end called `name`, for `num_heads` query heads.
 
     Raises:
         ConfigError: there is none of that name.
@@ -23,5 +28,5 @@ def create_attention_backend(
     if name == "triton":
         from sglang.srt.layers.attention.triton import TritonAttention
 
-        return TritonAttention(kv_pool, page_table, device, sliding_window)
+        return TritonAttention(kv_pool, page_table, num_heads, device, sliding_window)
     raise ConfigError(f"--attention-backend {name!r} is not known; use triton or torch_native")

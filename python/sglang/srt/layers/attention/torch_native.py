@@ -81,7 +81,7 @@ class TorchNativeAttention:
         self._masks: dict[int, Tensor] = {}
         self._workspace: tuple[Tensor, Tensor] | None = None
 
-    def plan(self, shape: StepShape, req_slots: Tensor, out_locs: Tensor) -> None:
+    def plan(self, shape: StepShape, req_slots: Tensor) -> None:
         """See AttentionBackend."""
         self._masks.clear()
         query_lens, kv_lens = shape.query_lens.astype(np.int64), shape.kv_lens.astype(np.int64)

@@ -44,6 +44,7 @@ class TritonAttention:
     """Implements forward_context.AttentionBackend.
 
     Args:
+        num_heads: query heads.
         sliding_window: tokens each position sees, itself included; None for all before it.
 
     Raises:
@@ -51,7 +52,12 @@ class TritonAttention:
     """
 
     def __init__(
-        self, kv_pool: KVPoolView, page_table: PageTableView, device: torch.device, sliding_window: int | None = None
+        self,
+        kv_pool: KVPoolView,
+        page_table: PageTableView,
+        num_heads: int,
+        device: torch.device,
+        sliding_window: int | None = None,
     ) -> None:
         size = page_table.page_size
         if size < 1 or size & (size - 1):
@@ -60,22 +66,20 @@ class TritonAttention:
         self.page_table = page_table
         self.device = device
         self.window = sliding_window
-        self._kv_heads, self._head_dim = kv_pool.layer(0)[0].shape[1:]
+        keys, _ = kv_pool.layer(0)
+        self._kv_heads, head_dim = keys.shape[1:]
+        group = num_heads // self._kv_heads
+        self._tiles = ops.prefill_tiles(head_dim, group, keys.dtype, device)
+        self._queries = self._tiles.queries(group)
         counted = max(_MIN_COUNTED, page_table.pages.shape[0])
         self._counters = torch.zeros(counted * self._kv_heads, dtype=torch.int32, device=device)
-        self._group: int | None = None  # the first forward tells
-        self._tiles: ops.PrefillTiles | None = None
-        self._waiting: tuple[StepShape, Tensor] | None = None
         self._step: _Step | None = None
 
-    def plan(self, shape: StepShape, req_slots: Tensor, out_locs: Tensor) -> None:
-        """See AttentionBackend; `out_locs` is not needed."""
-        del out_locs
+    def plan(self, shape: StepShape, req_slots: Tensor) -> None:
+        """See AttentionBackend."""
         if shape.decode_only:
             kv_lens = self._upload(shape.kv_lens)
             self._plan_all_decodes(req_slots, kv_lens, int(shape.kv_lens.max()))
-        elif self._tiles is None:
-            self._waiting = shape, req_slots
         else:
             self._step = self._plan_mixed(shape, req_slots)
 
@@ -92,34 +96,22 @@ class TritonAttention:
         """See AttentionBackend; k and v are in the pool already."""
         del k, v
         assert q.stride(2) == 1 and q.stride(1) == q.shape[2]
-        if self._waiting is not None:
-            self._learn(q)
-            self._step, self._waiting = self._plan_mixed(*self._waiting), None
         step = self._step
         assert step is not None, "forward before plan"
         out = q.new_empty(q.shape[0], q.shape[1] * q.shape[2])
         kv = ops.PagedKV(*self.kv_pool.layer(layer_id), self.page_table.pages, self.page_table.page_size)
         if step.blocks is not None:
-            assert self._tiles is not None
             ops.prefill(q, out, kv, step.slots, step.blocks, scale, self.window, self._tiles)
         if step.decodes is not None:
             ops.decode(q, out, kv, step.decodes, step.splits, self._counters, scale, self.window)
         return out
 
     def _plan_all_decodes(self, slots: Tensor, kv_lens: Tensor, longest: int) -> None:
-        self._waiting = None
         decodes = ops.Decodes(slots, kv_lens, None, slots.shape[0])
         self._step = _Step(slots, decodes, self._splits(slots.shape[0], longest), None)
 
-    def _learn(self, q: Tensor) -> None:
-        """How many queries a block has depends on q, which `plan` does not see: the first forward makes up for it."""
-        if self._tiles is None:
-            self._group = q.shape[1] // self._kv_heads
-            self._tiles = ops.prefill_tiles(self._head_dim, self._group, q.dtype, self.device)
-
     def _plan_mixed(self, shape: StepShape, req_slots: Tensor) -> _Step:
-        assert self._tiles is not None and self._group is not None
-        blocks = query_blocks(shape, self._tiles.queries(self._group))
+        blocks = query_blocks(shape, self._queries)
         single = np.flatnonzero(shape.query_lens == 1)
         rows = np.cumsum(shape.query_lens)[single] - 1
         batch, count, num_blocks = len(shape.kv_lens), len(single), len(blocks)

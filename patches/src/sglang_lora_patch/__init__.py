@@ -1,0 +1,6 @@
+"""Repairs the LoRA usage count of an installed stock SGLang."""
+
+from __future__ import annotations
+
+__all__ = ["__version__"]
+__version__ = "0.1.0"
