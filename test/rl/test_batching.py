@@ -57,6 +57,11 @@ def test_tokens_are_dealt_out_evenly(lengths, world):
     assert max(tokens) - min(tokens) <= max(lengths)
 
 
+def test_no_rank_has_the_longer_of_every_pair():
+    ((first, second),) = plan_batches([8, 7, 6, 5, 4, 3, 2, 1], count=1, max_tokens=1, seed=0, world_size=2)
+    assert (first, second) == ([[0], [3], [4], [7]], [[1], [2], [5], [6]])
+
+
 def test_seeds_shuffle():
     plans = [plan_batches([1] * 20, count=4, max_tokens=100, seed=seed) for seed in range(3)]
     assert plans[0] != plans[1] != plans[2]

@@ -233,6 +233,15 @@ def test_the_clip_takes_the_gradient_of_exactly_the_dropped_tokens(tokens):
         assert sum(x * x for x in with_next) / len(with_next) >= 0.04 * (1 - 1e-6)
 
 
+def test_rounding_does_not_clip_the_token_that_the_bounds_come_from():
+    batch = batch_of([1.0, -1.0, 1.0])
+    for cut in torch.linspace(0.05, 0.19, 300).tolist():
+        new = ratios(cut, -cut, 3.0).requires_grad_()
+        bounds = m2po_bounds([(new.detach(), batch)], 0.04)
+        policy_loss(new, torch.zeros(3, 2), batch, M2PO, 1.0, bounds).loss.backward()
+        assert new.grad[:, 1].ne(0).tolist() == [True, True, False]
+
+
 # ---- statistics ----------------------------------------------------------------------------------------------------
 
 

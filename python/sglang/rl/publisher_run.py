@@ -98,7 +98,7 @@ class Publication:
 
     @contextlib.contextmanager
     def _files(self) -> Iterator[str | None]:
-        """The directory for servers that read files, if there are any; what else takes time to make is made here, too."""
+        """The directory for servers that read files, if there are any; what else takes time to make is made here."""
         reads_files = self._require("probe", lambda server, _: server.reads_files())
         if any(self.servers[url].kind == "stock" and not reads for url, reads in reads_files.items()):
             self.package.make_pickle()

@@ -53,7 +53,7 @@ class Trainer:
         """One optimizer step for each minibatch.
 
         Args:
-            minibatches: this rank's micro-batches; every rank has as many of each minibatch.
+            minibatches: this rank's micro-batches, at least one; every rank has as many of each minibatch.
 
         Returns:
             means over the step, by the names of `metrics`.
@@ -62,9 +62,6 @@ class Trainer:
         prepared = [[self._prepare(batch.to(self.device)) for batch in batches] for batches in minibatches]
         stats = LossStats()
         norms = [self._step(batches, stats, first=i == 0) for i, batches in enumerate(prepared)]
-        for batches in prepared:
-            for item in batches:
-                stats.add_gap(item.batch, item.old)
         return {**stats.reduce(), "grad_norm": sum(norms) / len(norms), "lr": self._rate()}
 
     def _prepare(self, batch: MicroBatch) -> Prepared:
@@ -89,8 +86,10 @@ class Trainer:
             new = self._logprobs(item.batch)
             part = policy_loss(new, item.old, item.batch, loss, denominator, bounds, item.reference)
             # Gradients are averaged over ranks; the denominator already counts everyone's tokens.
-            (part.loss * distributed.world_size()).backward()
+            (part.loss * distributed.world_size()).backward()  # type: ignore[no-untyped-call]
             stats.add(part)
+            # What the trainer made of the tokens before this update: the servers' numbers are beside it.
+            stats.add_gap(item.batch, item.old if loss.recompute_logprob else new.detach())
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._recipe.optim.grad_clip)
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate()
