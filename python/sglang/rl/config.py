@@ -35,7 +35,8 @@ class ModelSection(_Section, frozen=True, kw_only=True):
     """The base model, frozen.
 
     Fields:
-        path: directory in Hugging Face's format.
+        path: directory in Hugging Face's format, a .gguf file, or a name that the server knows; looked for beside the
+            recipe first.
         dtype: the trainer computes in it; float32, bfloat16 or float16. The adapter is kept in float32.
     """
 
@@ -46,12 +47,15 @@ class ModelSection(_Section, frozen=True, kw_only=True):
 
 
 class TaskSection(_Section, frozen=True, kw_only=True):
-    """Problems and rewards, by the name of a task (`sglang.rl.tasks`) and its own options."""
+    """Problems and rewards, by the name of a task (`sglang.rl.tasks`) and its own options.
+
+    Fields:
+        eval: name of an evaluation set -> options of the same task.
+    """
 
     name: str
     options: dict[str, Any] = {}
     eval: dict[str, dict[str, Any]] = {}
-    """Name of an evaluation set -> options of the same task."""
 
 
 class ServerSection(_Section, frozen=True, kw_only=True):
@@ -117,13 +121,17 @@ class LossSection(_Section, frozen=True, kw_only=True):
 
 
 class AdvantageSection(_Section, frozen=True, kw_only=True):
-    """Rewards to advantages. `group_std`: divide by the group's deviation; `batch_norm`: whiten over the step after."""
+    """Rewards to advantages.
+
+    Fields:
+        group_std: divide by the group's deviation; batch_norm: whiten over the step after that.
+        filter_zero: leave groups out of which every attempt has the same reward.
+    """
 
     group_mean: bool = True
     group_std: bool = True
     batch_norm: bool = False
     filter_zero: bool = True
-    """Groups of which every attempt has the same reward are left out."""
 
 
 class OptimSection(_Section, frozen=True, kw_only=True):
@@ -145,16 +153,27 @@ class OptimSection(_Section, frozen=True, kw_only=True):
 
 
 class EvalSection(_Section, frozen=True, kw_only=True):
-    """Evaluation: every `every` steps, before the first and after the last; 0 never."""
+    """Evaluation: every `every` steps, before the first and after the last; 0 never.
+
+    Fields:
+        temperatures: by evaluation set; `temperature` for the others.
+        max_new_tokens: None for the rollouts'.
+    """
 
     every: int = 25
     samples: int = 1
     temperature: float = 0.0
+    temperatures: dict[str, float] = {}
     max_new_tokens: int | None = None
 
 
 class Recipe(_Section, frozen=True, kw_only=True):
-    """Everything about a run."""
+    """Everything about a run.
+
+    Fields:
+        out: directory of logs, checkpoints and plots; ``{recipe}`` is the recipe's name.
+        note: why these settings are stable, or what they are meant to show.
+    """
 
     model: ModelSection
     task: TaskSection
@@ -169,27 +188,22 @@ class Recipe(_Section, frozen=True, kw_only=True):
     out: str = "runs/{recipe}"
     checkpoint_every: int = 25
     note: str = ""
-    """Why these settings are stable, or what they are meant to show."""
 
 
 def load_recipe(source: str, overrides: tuple[str, ...] = ()) -> Recipe:
     """Read a recipe.
 
     Args:
-        source: path of a YAML file, or the name of one of the package's recipes.
+        source: path of a YAML file, or the name of one of the package's recipes. A file may say ``extends: other`` and
+            hold only what differs.
         overrides: ``section.field=value`` with YAML values, e.g. ``optim.lr=1e-4``.
 
     Raises:
         RecipeError: no such recipe, unknown field, a value of the wrong type or out of range.
     """
-    path = Path(source)
-    if not path.exists():
-        path = RECIPES / f"{source}.yaml"
-    if not path.exists():
-        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
-        raise RecipeError(f"there is no recipe {source!r}; give the path of a YAML file or one of: {known}")
+    path = _find(source)
     try:
-        tree = msgspec.yaml.decode(path.read_bytes())
+        tree = _read(path)
         for override in overrides:
             _override(tree, override)
         # YAML reads 5e-6 as a string: numbers are taken from strings too.
@@ -198,6 +212,35 @@ def load_recipe(source: str, overrides: tuple[str, ...] = ()) -> Recipe:
         raise RecipeError(f"{path}: {error}") from error
     _check(recipe)
     return msgspec.structs.replace(recipe, out=recipe.out.replace("{recipe}", path.stem))
+
+
+def _find(source: str, beside: Path | None = None) -> Path:
+    places = [Path(source), RECIPES / f"{source}.yaml"]
+    if beside is not None:
+        places.insert(0, beside / f"{source}.yaml")
+    for path in places:
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+    raise RecipeError(f"there is no recipe {source!r}; give the path of a YAML file or one of: {known}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The file's tree, on top of the one that it extends."""
+    tree: dict[str, Any] = msgspec.yaml.decode(path.read_bytes(), type=dict[str, Any])
+    model = tree.get("model")
+    if isinstance(model, dict) and (path.parent / str(model.get("path"))).exists():
+        model["path"] = str(path.parent / model["path"])
+    parent = tree.pop("extends", None)
+    return tree if parent is None else _merged(_read(_find(str(parent), path.parent)), tree)
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in changes.items():
+        old = merged.get(name)
+        merged[name] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def _override(tree: Any, override: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sglang.rl.config import ModelSection
+from sglang.srt.config.model_path import resolve_model_path
 
 LOGIT_ROWS = 2048
 """Positions whose logits exist at once: 2048 x 152k x 4 bytes is 1.2 GB."""
@@ -77,7 +79,9 @@ def load_policy(section: ModelSection, device: torch.device, seed: int) -> Polic
     from transformers import AutoModelForCausalLM
 
     dtype = getattr(torch, section.dtype)
-    base = AutoModelForCausalLM.from_pretrained(section.path, dtype=dtype)
+    path = Path(resolve_model_path(section.path))
+    source = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+    base = AutoModelForCausalLM.from_pretrained(path.parent if source else path, dtype=dtype, **source)
     targets = section.lora.target_modules
     config = LoraConfig(
         task_type="CAUSAL_LM",

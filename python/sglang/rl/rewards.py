@@ -132,18 +132,17 @@ class MathVerifier:
         Raises:
             RewardError: `math-verify` is not installed, or cannot be started.
         """
-        child = self._slots.get()
+        child, done = self._slots.get(), False
         try:
             if child is None:
                 child = _Child(self._command)
             verdict = child.ask({"text": text, "gold": gold, "precision": self._precision}, self._timeout)
-        except RewardError:
-            child = None
-            raise
+            done = child.alive
         finally:
-            if child is not None and not child.alive:
-                child = None
-            self._slots.put(child)
+            # One whose answer was not waited for would give it to the next question.
+            if child is not None and not done:
+                child.kill()
+            self._slots.put(child if done else None)
         with self._lock:
             self._counts[verdict] += 1
         return float(verdict == "right")
