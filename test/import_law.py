@@ -14,7 +14,7 @@ import sglang
 
 PACKAGE = Path(sglang.__file__).parent
 
-SHARED, FRONT, BACK = "shared", "front", "back"
+SHARED, FRONT, BACK, TRAINER = "shared", "front", "back", "trainer"
 
 FRONT_MANAGERS = (
     "adapter_calls",
@@ -102,7 +102,7 @@ LEVELS: dict[str, tuple[float, str]] = {
     "sglang.cli": (5, FRONT),
     "sglang.benchmark": (5, FRONT),
     "sglang.bench_serving": (5, FRONT),
-    "sglang.rl": (6, FRONT),
+    "sglang.rl": (6, TRAINER),
     "sglang": (5, FRONT),
 }
 

@@ -27,7 +27,7 @@ WIDTH = 12
 """Tokens of the longest problem with its answer."""
 WRONG = 0.6
 """Share of answers that are wrong."""
-BATCH, STEPS, WARMUP, RATE = 256, 1100, 100, 2e-3
+BATCH, STEPS, WARMUP, RATE = 256, 680, 100, 2e-3
 
 
 def vocabulary() -> dict[str, int]:

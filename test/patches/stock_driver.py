@@ -41,7 +41,8 @@ class Scheduler:
         self.mode = "finish"
         self.waiting, self.running, self.answers = {}, {}, []
         self.adapters, self.loaded, self.unsafe, self.seen = {}, [], [], []
-        self.hold_loads = None
+        self.hold_loads = self.hold_aborts = None
+        self.counters, self.early = {}, 0
 
     # The socket towards the scheduler.
     def send_pyobj(self, message):
@@ -51,6 +52,13 @@ class Scheduler:
     # The socket from the detokenizer.
     async def recv_pyobj(self):
         return await self.inbox.get()
+
+    def look(self):
+        """Note by how much the count of an adapter falls short of the requests that are here with it."""
+        here = [lora_id for lora_id, _ in (*self.waiting.values(), *self.running.values()) if lora_id]
+        for lora_id in set(here):
+            counter = self.counters.get(lora_id)
+            self.early = max(self.early, here.count(lora_id) - (counter.value() if counter else 0))
 
     def take(self, message):
         name = type(message).__name__
@@ -81,6 +89,9 @@ class Scheduler:
             self.output(rid, {**ABORT, "status_code": int(self.mode)})
 
     def abort(self, message):
+        if self.hold_aborts is not None:
+            self.hold_aborts.append(message)
+            return
         for rid in list(self.waiting):
             if message.abort_all or rid.startswith(message.rid):
                 del self.waiting[rid]
@@ -104,7 +115,9 @@ class Scheduler:
 
     def adapter(self, message, name):
         if name.startswith("Unload"):
-            users = [rid for rid, (lora_id, _) in {**self.waiting, **self.running}.items() if lora_id == message.lora_id]
+            users = [
+                rid for rid, (lora_id, _) in {**self.waiting, **self.running}.items() if lora_id == message.lora_id
+            ]
             self.unsafe += users
             self.loaded.append(f"-{message.lora_name}")
             self.adapters.pop(message.lora_name, None)
@@ -116,6 +129,11 @@ class Scheduler:
             self.inbox.put_nowait(answer)
         else:
             self.hold_loads.append(answer)
+
+    def answer_aborts(self):
+        held, self.hold_aborts = self.hold_aborts, None
+        for message in held:
+            self.abort(message)
 
     def answer_loads(self):
         held, self.hold_loads = self.hold_loads, None
@@ -144,8 +162,9 @@ class World:
         self.scheduler = Scheduler(self.structs)
         self.manager.send_to_scheduler = self.manager.recv_from_detokenizer = self.scheduler
         for name, each in vars(self.manager).items():
-            if name.endswith("_communicator") and hasattr(each._sender, "send_pyobj"):
+            if name.endswith("_communicator") and hasattr(getattr(each, "_sender", None), "send_pyobj"):
                 each._sender = self.scheduler
+        self.scheduler.counters = self.manager.lora_registry._counters
         self.tm.print_exception_wrapper = self.watched
         self.tasks = []
 
@@ -189,10 +208,11 @@ class World:
         return None if ref is None else registry._counters[ref.lora_id].value()
 
 
-async def settle(turns=30):
+async def settle(world, turns=30):
     """Let everything that can go on go on."""
     for _ in range(turns):
         await asyncio.sleep(0.001)
+        world.scheduler.look()
 
 
 async def within(awaitable, seconds=LIMIT):
@@ -200,8 +220,7 @@ async def within(awaitable, seconds=LIMIT):
     task = asyncio.ensure_future(awaitable)
     done, _ = await asyncio.wait({task}, timeout=seconds)
     if not done:
-        task.cancel()
-        return None, "HANG"
+        return None, "HANG"  # and it goes on waiting, with what it holds
     return task.result(), None
 
 
@@ -229,7 +248,7 @@ async def finish_stream(w):
 async def abort_running(w):
     w.scheduler.mode = "run"
     task = w.start(w.body(rid="r"))
-    await settle()
+    await settle(w)
     w.manager.abort_request("r")
     await within(task)
 
@@ -238,7 +257,7 @@ async def abort_running(w):
 async def abort_queued(w):
     w.scheduler.mode = "queue"
     task = w.start(w.body(rid="r"))
-    await settle()
+    await settle(w)
     w.manager.abort_request("r")
     await within(task)
 
@@ -247,7 +266,7 @@ async def abort_queued(w):
 async def abort_all_32_queued(w):
     w.scheduler.mode = "queue"
     tasks = [w.start(w.body()) for _ in range(32)]
-    await settle()
+    await settle(w)
     w.manager.abort_request(abort_all=True)
     await within(asyncio.wait(tasks))
 
@@ -256,7 +275,7 @@ async def disconnect(w, mode):
     w.scheduler.mode = mode
     client = Client()
     task = w.start(w.body(), client)
-    await settle()
+    await settle(w)
     client.gone = True
     await within(task)
 
@@ -276,9 +295,9 @@ async def drop_stream(w, mode):
     w.scheduler.mode = mode
     body = w.body(stream=True)
     task = w.start(body, Client())
-    await settle()
+    await settle(w)
     task.cancel()
-    await settle()
+    await settle(w)
     w.manager.abort_request(body.rid)
 
 
@@ -290,6 +309,15 @@ async def disconnect_stream_queued(w):
 @path
 async def disconnect_stream_running(w):
     await drop_stream(w, "run")
+
+
+@path
+async def disconnect_slow_abort(w):
+    """Until the scheduler has taken the abort in, it computes with the adapter."""
+    w.scheduler.hold_aborts = []
+    await drop_stream(w, "run")
+    await settle(w)
+    w.scheduler.answer_aborts()
 
 
 @path
@@ -346,7 +374,7 @@ async def n4_too_long(w):
 async def n4_abort_all_queued(w):
     w.scheduler.mode = "fanout"
     task = w.start(w.body(n=4))
-    await settle()
+    await settle(w)
     w.manager.abort_request(abort_all=True)
     await within(task)
 
@@ -356,7 +384,7 @@ async def n4_disconnect_queued(w):
     w.scheduler.mode = "fanout"
     client = Client()
     task = w.start(w.body(n=4), client)
-    await settle()
+    await settle(w)
     client.gone = True
     await within(task)
 
@@ -370,7 +398,7 @@ async def disconnect_of(w, body, mode):
     w.scheduler.mode = mode
     client = Client()
     task = w.start(body, client)
-    await settle()
+    await settle(w)
     client.gone = True
     await within(task)
 
@@ -387,22 +415,31 @@ async def batch_one_bad(w):
 
 
 @path
+async def batch_one_bad_late(w):
+    """As with prompts that are text: sent one by one, and the last cannot be."""
+    w.manager._should_use_batch_tokenization = lambda *_: False
+    await batch_one_bad(w)
+
+
+@path
 async def batch_abort_all_queued(w):
     w.scheduler.mode = "queue"
     task = w.start(w.body(ids=((1, 2), (3, 4))))
-    await settle()
+    await settle(w)
     w.manager.abort_request(abort_all=True)
     await within(task)
 
 
 @path
 async def cancel_at_every_step(w):
-    for turns in range(16):
-        task = w.start(w.body())
+    """Four at a time, so that they meet at the locks."""
+    for turns in range(24):
+        tasks = [w.start(w.body()) for _ in range(4)]
         for _ in range(turns):
             await asyncio.sleep(0)
-        task.cancel()
-        await settle(3)
+        for task in tasks:
+            task.cancel()
+        await settle(w, 3)
     w.scheduler.finish_all()
 
 
@@ -412,11 +449,11 @@ async def cancel_in_reload(w):
     await w.unload("A")
     w.scheduler.hold_loads = []
     task = w.start(w.body())
-    await settle()
+    await settle(w)
     task.cancel()
-    await settle()
+    await settle(w)
     w.scheduler.answer_loads()
-    await settle()
+    await settle(w)
     _, hang = await within(w.load("C"))
     return {"other_load": hang or "ok"}
 
@@ -433,7 +470,7 @@ async def same_rid_again(w):
     for _ in range(3):
         w.scheduler.mode = "queue"
         task = w.start(w.body(rid="r"))
-        await settle()
+        await settle(w)
         w.manager.abort_request("r")
         await within(task)
 
@@ -441,24 +478,22 @@ async def same_rid_again(w):
 async def busy(w):
     w.scheduler.mode = "run"
     task = w.start(w.body())
-    await settle()
+    await settle(w)
     return task
 
 
 @path
 async def load_evicts_busy(w):
     """Three adapters may be loaded, a fourth comes, and the oldest is in use."""
-    w.tm_limit(3)
     await w.load("C")
     task = await busy(w)
-    await within(w.start(w.body(lora="B"))) if False else None
     for name in ("B", "C"):  # used since, so that A is the one to go
         w.manager.lora_registry._registry.move_to_end(name)
     answer, hang = await within(w.load("D"))
     kept = "A" in w.scheduler.adapters
     w.scheduler.finish_all()
     await within(task)
-    await settle()
+    await settle(w)
     gone = "A" not in w.scheduler.adapters
     return {"load": hang or ("ok" if answer.success else answer.error_message), "kept_while_used": kept, "gone": gone}
 
@@ -469,12 +504,12 @@ async def unload_busy(w):
     os.environ["SGLANG_LORA_PATCH_UNLOAD_TIMEOUT"] = "0.2"
     task = await busy(w)
     unload = asyncio.create_task(w.unload("A"))
-    await settle()
+    await settle(w)
     _, other = await within(w.load("C"))
     _, hang = await within(unload)
     w.scheduler.finish_all()
     await within(task)
-    await settle()
+    await settle(w)
     os.environ.pop("SGLANG_LORA_PATCH_UNLOAD_TIMEOUT")
     return {"other_load": other or "ok", "unload": hang or "answered", "gone": "A" not in w.scheduler.adapters}
 
@@ -484,7 +519,7 @@ async def pause_abort(w):
     """The weight update of a training loop: pause (which aborts), load, continue."""
     w.scheduler.mode = "queue"
     tasks = [w.start(w.body()) for _ in range(4)] + [w.start(w.body(ids=tuple(range(1, 101))))]
-    await settle()
+    await settle(w)
     paused = w.manager.pause_generation(w.structs.PauseGenerationReqInput(mode="abort"))
     _, hang = await within(paused, 2.5)
     await within(asyncio.wait(tasks))
@@ -498,12 +533,12 @@ async def pause_abort(w):
 async def measure(function, modules, arguments):
     """Run one path; what is left afterwards, and what an unload of the adapter makes of it."""
     world = World(modules, arguments)
-    world.tm_limit = modules["limit"]
-    modules["limit"](None)
     await world.load("A")
     await world.load("B")
     report = {"extra": await function(world) or {}}
-    await settle()
+    await settle(world)
+    report["unanswered"] = sum(not task.done() for task in world.tasks)
+    report["early"] = world.scheduler.early
     report["count"] = world.count()
     report["records"] = len(world.manager.rid_to_state)
     report["in_scheduler"] = len(world.scheduler.waiting) + len(world.scheduler.running)
@@ -530,6 +565,8 @@ def prepare(tree):
 
     stock_stub.install()
     sys.path.insert(0, str(tree))
+    if os.environ.get("STOCK_HOOK"):
+        importlib.import_module("sglang_lora_patch.hook").install()
     server_args = importlib.import_module("sglang.srt.server_args")
     structs = importlib.import_module("sglang.srt.managers.io_struct")
     tm = importlib.import_module("sglang.srt.managers.tokenizer_manager")
@@ -550,32 +587,20 @@ def prepare(tree):
         max_lora_rank=8,
         lora_target_modules=["q_proj"],
         max_loras_per_batch=2,
+        max_loaded_loras=3,
         device="cpu",
         attention_backend="torch_native",
         sampling_backend="pytorch",
         disable_cuda_graph=True,
         lora_backend="triton",
     )
-    args.log_requests = False
     context = None
     with contextlib.suppress(ModuleNotFoundError):
         context = importlib.import_module("sglang.srt.runtime_context")
     if hasattr(context, "publish"):
         context.publish(args, role="tokenizer")
     arguments = (args, server_args.PortArgs.init_new(args))
-    return {"structs": structs, "tm": tm, "limit": limiter(args, context)}, arguments
-
-
-def limiter(args, context):
-    """How to set `max_loaded_loras` once the arguments are published."""
-
-    def limit(number):
-        with contextlib.suppress(Exception):
-            args.max_loaded_loras = number
-        if hasattr(context, "get_lora"):
-            object.__setattr__(context.get_lora(), "max_loaded_loras", number)
-
-    return limit
+    return {"structs": structs, "tm": tm}, arguments
 
 
 def main():
@@ -592,7 +617,7 @@ def main():
         loop = asyncio.new_event_loop()
         asyncio.set_event_loop(loop)
         try:
-            report = loop.run_until_complete(asyncio.wait_for(measure(PATHS[name], modules, arguments), 30))
+            report = loop.run_until_complete(measure(PATHS[name], modules, arguments))
         except Exception as error:
             report = {"error": f"{type(error).__name__}: {error}"}
         out.write(json.dumps({"path": name, "patched": patched, **report}) + "\n")

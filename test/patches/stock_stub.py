@@ -80,3 +80,17 @@ def install():
     import triton.runtime
 
     triton.runtime.driver = _NoDriver()
+
+
+class OnDemand(importlib.abc.MetaPathFinder):
+    """Calls `install` at the first import of sglang's server."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "sglang.srt":
+            sys.meta_path.remove(self)
+            install()
+
+
+def on_demand():
+    """For a process that may or may not come to import sglang."""
+    sys.meta_path.insert(0, OnDemand())

@@ -251,7 +251,7 @@ def test_statistics_are_means_over_tokens():
     bounds = Bounds(0.2, 0.2, cut=0.3)
     stats = LossStats()
     stats.add(policy_loss(log_ratio, torch.zeros(4, 2), batch, M2PO, 4.0, bounds))
-    stats.add_gap(batch, torch.tensor([[9.0, -1.5], [9.0, -1.0], [9.0, -1.0], [9.0, -1.0]]))
+    stats.add_gap(batch, torch.tensor([[9.0, -1.5], [9.0, -1.0], [9.0, -1.0], [9.0, -1.0]]), version=0)
     found = stats.reduce()
     values = [0.5, 0.1, 0.5, -0.1]
     assert found[metrics.RATIO_MEAN] == pytest.approx(sum(map(math.exp, values)) / 4)
@@ -263,6 +263,12 @@ def test_statistics_are_means_over_tokens():
     assert found[metrics.LOGP_GAP_MEAN] == pytest.approx(0.125)
     assert found[metrics.LOGP_GAP_MAX] == pytest.approx(0.5)
     assert metrics.KL_REFERENCE not in found
+
+
+def test_the_gap_is_of_tokens_by_the_trainers_version():
+    batch, stats = batch_of([1.0, 1.0]), LossStats()
+    stats.add_gap(batch, torch.tensor([[9.0, -1.5], [9.0, -1.0]]), version=7)
+    assert math.isnan(stats.reduce()[metrics.LOGP_GAP_MEAN])
 
 
 def test_statistics_of_nothing():

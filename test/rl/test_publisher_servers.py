@@ -20,7 +20,9 @@ from compat.waiting import until
 from server_process import ServerProcess
 from tiny_model import make_tiny_model
 
-from sglang.rl.publisher import Publisher, PublishError, Version
+from sglang.rl.publisher import TRANSPORTS, Publisher, PublishError, Version
+from sglang.rl.publisher_server import Server
+from sglang.rl.transport import Deadline
 
 pytestmark = pytest.mark.slow
 
@@ -87,6 +89,13 @@ class Policy:
     def listing(self) -> list[dict[str, Any]]:
         return self.http.get("/lora_adapters").json()["adapters"]
 
+    def unload_all(self) -> None:
+        """No name means anything, and nothing is in memory."""
+        key = {"Authorization": f"Bearer {KEYS['admin_api_key']}"}
+        for adapter in self.listing():
+            self.http.post("/unload_lora_adapter", json={"lora_name": adapter["lora_name"]}, headers=key)
+        until(lambda: not self.listing())
+
     def quiet(self) -> bool:
         """One version, held by nobody."""
         listed = self.listing()
@@ -97,6 +106,7 @@ class Policy:
 def policy(model: str, servers: tuple[ServerProcess, ServerProcess]) -> Iterator[Policy]:
     policy = Policy(model, servers[0])
     with policy.http:
+        policy.unload_all()
         yield policy
         until(policy.quiet)
         metrics = policy.http.get("/metrics").text
@@ -178,6 +188,7 @@ def test_two_servers_change_over_together_or_not_at_all(servers, policy):
         reports = [version.servers[url] for url in urls]
         assert len({report.digest for report in reports}) == 1
         assert [report.transport for report in reports] == ["shm", "bytes"], "the second may not read shared memory"
+        until(policy.quiet)
         serving = [adapter["digest"] for adapter in policy.listing()]
         # The second server has no room for this rank, the first would take it.
         large = adapters.random_adapter(policy.shape, 4, seed=1)
@@ -190,11 +201,31 @@ def test_two_servers_change_over_together_or_not_at_all(servers, policy):
         assert [again.servers[url].version_id for url in urls] == [report.version_id for report in reports]
 
 
+@pytest.mark.parametrize(("mode", "transport"), [("live", "shm"), ("pause", "bytes")])
+def test_the_calls_for_stock_servers_are_upstreams(servers, policy, monkeypatch, mode, transport):
+    """Whoever knows no more than names and paths, or pickled tensors, is served as well."""
+    probe = Server.probe
+
+    def sees_a_stock_server(server: Server, deadline: Deadline) -> set[str]:
+        names = probe(server, deadline)
+        server.kind = "stock"
+        return names
+
+    monkeypatch.setattr(Server, "probe", sees_a_stock_server)
+    with Publisher(servers[0].url, mode=mode, transport=transport, keep_last=1, **KEYS) as publisher:
+        for token in range(160, 163):
+            version = publisher.publish(*policy.saying(token))
+            assert set(policy.ask(name=version.name)["output_ids"]) == {token}
+            assert version.warnings == []
+        assert version.name == "lora_v3"
+        assert version.servers[servers[0].url].transport == transport
+
+
 @pytest.mark.parametrize("keys", [{}, {"api_key": "asks"}, {"api_key": "wrong", "admin_api_key": "wrong"}])
 def test_the_keys_of_a_server(servers, policy, keys):
     with Publisher(servers[0].url, **KEYS) as publisher:
         publisher.publish(*policy.saying(140))
-    for transport in ("shm", "bytes"):
+    for transport in TRANSPORTS:
         publisher = Publisher(servers[0].url, transport=transport, **keys)
         with pytest.raises(PublishError, match="admin_api_key"):
             publisher.publish(*policy.saying(141))

@@ -53,7 +53,7 @@ def test_an_update_does_not_depend_on_micro_batches(model: Path, tmp_path: Path)
     for max_tokens in (20, 64, 10_000):
         trainer = make_trainer(model, tmp_path, optim={"max_tokens": max_tokens})
         batches = make_batches(trainer._recipe, 0)
-        trainer.update(batches)
+        trainer.update(batches, 0)
         adapters.append((len(batches[0]), trainer.adapter()))
     assert adapters[0][0] > adapters[1][0] > adapters[2][0] == 1
     # AdamW divides by a root: where the gradient is next to nothing, rounding decides its sign.
@@ -64,24 +64,24 @@ def test_an_update_does_not_depend_on_micro_batches(model: Path, tmp_path: Path)
 def test_near_on_policy_the_importance_weight_is_one(model: Path, tmp_path: Path) -> None:
     trainer = make_trainer(model, tmp_path)
     for step in range(3):
-        stats = trainer.update(make_batches(trainer._recipe, step))
+        stats = trainer.update(make_batches(trainer._recipe, step), 0)
         assert abs(stats["ratio/mean"] - 1) < 1e-5 and stats["clip/share"] == stats["mask/share"] == 0
         assert stats["logp_gap/mean"] > 0 and stats["grad_norm"] > 0 and stats["lr"] == 0.01
 
 
 def test_several_minibatches_leave_the_policy_that_drew(model: Path, tmp_path: Path) -> None:
     trainer = make_trainer(model, tmp_path, optim={"ppo_n_minibatches": 4, "lr": 0.05})
-    stats = trainer.update(make_batches(trainer._recipe, 0, 24))
+    stats = trainer.update(make_batches(trainer._recipe, 0, 24), 0)
     assert trainer.updates == 4 and stats["ratio/max"] > 1.05 and stats["m2"] > 1e-3 and stats["mask/share"] > 0
 
 
 def test_only_the_adapter_moves(model: Path, tmp_path: Path) -> None:
     trainer = make_trainer(model, tmp_path, optim={"weight_decay": 0.0})
     before = {n: p.clone() for n, p in trainer.policy.named_parameters()}
-    trainer.update(make_batches(trainer._recipe, 0))
+    trainer.update(make_batches(trainer._recipe, 0), 0)
     moved = {n for n, p in trainer.policy.named_parameters() if not torch.equal(before[n], p)}
     assert moved and all(".lora_B." in name for name in moved)
-    trainer.update(make_batches(trainer._recipe, 1))
+    trainer.update(make_batches(trainer._recipe, 1), 0)
     moved = {n for n, p in trainer.policy.named_parameters() if not torch.equal(before[n], p)}
     assert all(".lora_" in name for name in moved) and any(".lora_A." in name for name in moved)
 
@@ -94,7 +94,7 @@ def test_a_good_attempt_becomes_likelier(model: Path, tmp_path: Path) -> None:
         before = trainer._logprobs(batch).sum(1)
         for _ in range(10):
             with torch.enable_grad():
-                trainer.update([[batch]])
+                trainer.update([[batch]], 0)
         after = trainer._logprobs(batch).sum(1)
     assert after[0] > before[0] + 0.5 and after[1] < before[1] - 0.5
 
@@ -102,13 +102,13 @@ def test_a_good_attempt_becomes_likelier(model: Path, tmp_path: Path) -> None:
 def test_it_continues_bit_for_bit(model: Path, tmp_path: Path) -> None:
     whole, first, second = (make_trainer(model, tmp_path, optim={"warmup_steps": 3}) for _ in range(3))
     for step in range(4):
-        whole.update(make_batches(whole._recipe, step))
+        whole.update(make_batches(whole._recipe, step), 0)
     for step in range(2):
-        first.update(make_batches(first._recipe, step))
+        first.update(make_batches(first._recipe, step), 0)
     torch.save(first.state_dict(), tmp_path / "state")
     second.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
     for step in range(2, 4):
-        second.update(make_batches(second._recipe, step))
+        second.update(make_batches(second._recipe, step), 0)
     assert second.updates == whole.updates == 4
     assert difference(whole.adapter(), second.adapter()) == 0
 

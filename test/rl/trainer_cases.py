@@ -90,7 +90,7 @@ def run(model: Path, directory: Path, steps: int = 3) -> tuple[dict[str, torch.T
     recipe = make_recipe(model, directory, optim={"ppo_n_minibatches": 2}, loss={"kl_coef": 0.1})
     device = distributed.start()
     trainer = Trainer(load_policy(recipe.model, device, seed=0), recipe, device)
-    stats = [trainer.update(make_batches(recipe, step)) for step in range(steps)]
+    stats = [trainer.update(make_batches(recipe, step), 0) for step in range(steps)]
     adapter = trainer.adapter()
     return adapter, stats
 

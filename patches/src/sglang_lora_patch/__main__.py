@@ -12,7 +12,9 @@ from .transform import Refusal
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m sglang_lora_patch", description="Repair stock SGLang's LoRA count.")
+    parser = argparse.ArgumentParser(
+        prog="python -m sglang_lora_patch", description="Repair stock SGLang's LoRA count."
+    )
     parser.add_argument("command", choices=("apply", "verify", "revert", "status"))
     parser.add_argument("--site", type=Path, metavar="DIR", help="the folder that holds sglang/ (default: as imported)")
     parser.add_argument("--assume", metavar="VERSION", help="take the sglang there for this release")

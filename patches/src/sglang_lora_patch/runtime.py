@@ -617,10 +617,10 @@ async def _within_timeout(wait: Coroutine[Any, Any, Any] | asyncio.Future[Any]) 
     return True
 
 
-def _still_used(name: str, entry: Retired) -> Any:
+def _still_used(name: str) -> Any:
     return _failure(
-        f"LoRA adapter {name!r} is still used by {entry.counter.value()} request(s) after {unload_timeout():g} s. "
-        f"It takes no new requests and is unloaded when the last of them ends."
+        f"LoRA adapter {name!r} is still in use after {unload_timeout():g} s. "
+        f"It takes no new requests and is unloaded when the last request with it ends."
     )
 
 
@@ -656,7 +656,7 @@ def unloads(unload: Method) -> Method:
         if entry.task is not None and not entry.task.done():
             if await _within_timeout(asyncio.shield(entry.task)):
                 return entry.task.result()
-            return _still_used(name, entry)
+            return _still_used(name)
         drained = False
         try:
             drained = await _within_timeout(entry.counter.wait_for_zero())
@@ -664,7 +664,7 @@ def unloads(unload: Method) -> Method:
             if not drained:
                 _finish_later(self, name, entry)
         if not drained:
-            return _still_used(name, entry)
+            return _still_used(name)
         return await _uninterrupted(unload(self, obj, *args, **kwargs))
 
     return _mark(wrapper)
@@ -688,7 +688,7 @@ def loads(load: Method) -> Method:
             leaving = entry.task is not None and not entry.task.done()
             wait = asyncio.shield(entry.task) if leaving and entry.task else entry.counter.wait_for_zero()
             if not await _within_timeout(wait):
-                return _still_used(name, entry)
+                return _still_used(name)
         result = await _uninterrupted(load(self, obj, *args, **kwargs))
         if result.success:
             retired_of(registry).pop(name, None)

@@ -93,7 +93,7 @@ class Decorated:
     asynchronous: bool | None = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Anchors:
     """What one class must look like, and what happens to it."""
 

@@ -59,14 +59,14 @@ class Published:
         self._names: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def add(self, version: Version) -> None:
-        """All servers serve this version."""
+    def add(self, version: Version, number: int) -> None:
+        """All servers serve this version, which is the publish of that number."""
         with self._lock:
             for url, report in version.servers.items():
                 if report.version_id is None:
-                    self._names[version.name] = version.number
+                    self._names[version.name] = number
                 else:
-                    self._numbers[Source(url.rstrip("/"), version.name, report.version_id)] = version.number
+                    self._numbers[Source(url.rstrip("/"), version.name, report.version_id)] = number
 
     def forget(self, url: str) -> None:
         """A server has been started again, and numbers its versions from 1 again."""
@@ -128,11 +128,13 @@ class Attempt:
     """A sample on its way.
 
     Fields:
+        server: the one it is at.
         unresolved: (first token, end, source) of tokens whose version is UNKNOWN.
         error: why it ran out of time, if it did.
     """
 
     sample: Sample
+    server: _Server
     unresolved: list[tuple[int, int, Source]] = field(default_factory=list)
     error: str = ""
 
@@ -142,7 +144,7 @@ class Attempt:
         sample.output_ids += [token for _, token, _ in meta.output_token_logprobs]
         sample.logprobs += [logprob for logprob, _, _ in meta.output_token_logprobs]
         name = meta.lora_name or asked_for
-        spans = meta.lora_version_spans or [(0, meta.lora_version)]
+        spans: list[tuple[int, int | None]] = [*meta.lora_version_spans] or [(0, meta.lora_version)]
         ends = [*(first for first, _ in spans[1:]), len(meta.output_token_logprobs)]
         for (first, version), end in zip(spans, ends, strict=True):
             source = Source(url, name, version)
@@ -151,19 +153,33 @@ class Attempt:
             if number == UNKNOWN and end > first:
                 self.unresolved.append((start + first, start + end, source))
 
-    def resolve(self, published: Published, at_least: int) -> int:
-        """Fill in versions that were unknown when they came; those that still are count as `at_least`.
-
-        Returns:
-            how many tokens these were.
-        """
-        missing = 0
+    def resolve(self, published: Published) -> None:
+        """Fill in the versions that have been announced since the tokens came."""
+        left = []
         for first, end, source in self.unresolved:
             number = published.number(source)
-            missing += (end - first) * (number == UNKNOWN)
-            self.sample.versions[first:end] = [at_least if number == UNKNOWN else number] * (end - first)
-        self.unresolved.clear()
+            self.sample.versions[first:end] = [number] * (end - first)
+            if number == UNKNOWN:
+                left.append((first, end, source))
+        self.unresolved = left
+
+    def settle(self, version: int) -> int:
+        """Count what is still unknown as this version; how many tokens these were."""
+        for first, end, _ in self.unresolved:
+            self.sample.versions[first:end] = [version] * (end - first)
+        missing = sum(end - first for first, end, _ in self.unresolved)
+        self.unresolved = []
         return missing
+
+    def move(self, server: _Server) -> None:
+        """Be counted at another server."""
+        self.server.load -= 1
+        server.load += 1
+        self.server = server
+
+    def leave(self) -> None:
+        """Be counted nowhere any more."""
+        self.server.load -= 1
 
     def start_over(self) -> int:
         """Forget the tokens; how many they were."""
@@ -174,12 +190,12 @@ class Attempt:
 
 
 class _Server:
-    """One server: its connections, how many calls it has, and since when it has been failing."""
+    """One server: its connections, how many attempts are at it, and until when it is left alone."""
 
     def __init__(self, url: str, api_key: str | None) -> None:
         self.url = url.rstrip("/")
         self.http = HttpClient(self.url, api_key)
-        self.in_flight = 0
+        self.load = 0
         self.usable_at = 0.0
         self._pause = FIRST_PAUSE
 
@@ -220,40 +236,49 @@ class Fleet:
     def choose(self) -> _Server:
         """The server for a group: of those that work, the one with the least to do; else the first to be tried."""
         now = asyncio.get_running_loop().time()
-        return min(self._servers, key=lambda s: (max(0.0, s.usable_at - now), s.in_flight))
+        return min(self._servers, key=lambda s: (max(0.0, s.usable_at - now), s.load))
 
-    async def run(self, prompt_ids: Sequence[int], sampling: Sampling, server: _Server, timeout: float) -> Attempt:
-        """An attempt, from the prompt to its end; with finish ``abort`` when the time is over.
+    def start(
+        self, prompt_ids: Sequence[int], sampling: Sampling, server: _Server, timeout: float
+    ) -> asyncio.Task[Attempt]:
+        """An attempt, from the prompt to its end; with finish ``abort`` and an error when the time is over.
 
         Args:
             server: to begin with.
             timeout: seconds, whatever happens meanwhile.
 
         Raises:
-            Rejected: no server will ever take it.
+            Rejected: (the task) no server will ever take it.
         """
-        attempt = Attempt(Sample(list(prompt_ids)))
-        try:
-            await asyncio.wait_for(self._finish(attempt, sampling, server), timeout)
-        except asyncio.TimeoutError:
-            attempt.sample.finish = "abort"
-            attempt.error = f"no end within {timeout:g} s" + (f"; last: {attempt.error}" if attempt.error else "")
-        return attempt
+        attempt = Attempt(Sample(list(prompt_ids)), server)
+        server.load += 1
+        task = asyncio.create_task(self._run(attempt, sampling, timeout))
+        # Also of a task that is cancelled before its first step.
+        task.add_done_callback(lambda _: attempt.leave())
+        return task
 
     def close(self) -> None:
         """Close idle connections."""
         for server in self._servers:
             server.http.close()
 
-    async def _finish(self, attempt: Attempt, sampling: Sampling, server: _Server) -> None:
+    async def _run(self, attempt: Attempt, sampling: Sampling, timeout: float) -> Attempt:
+        try:
+            await asyncio.wait_for(self._finish(attempt, sampling), timeout)
+        except asyncio.TimeoutError:
+            attempt.sample.finish = "abort"
+            attempt.error = f"no end within {timeout:g} s" + (f"; last: {attempt.error}" if attempt.error else "")
+        return attempt
+
+    async def _finish(self, attempt: Attempt, sampling: Sampling) -> None:
         sample = attempt.sample
         while True:
             left = sampling.max_new_tokens - len(sample.output_ids)
             if left <= 0:
                 sample.finish = "length"
                 return
-            server = await self._usable(server)
-            finish = await self._ask(attempt, sampling.params(left), server)
+            await self._find_server(attempt)
+            finish = await self._ask(attempt, sampling.params(left))
             if finish is not None and finish.type != "abort":
                 sample.finish = finish.type
                 return
@@ -263,13 +288,12 @@ class Fleet:
                     sample.finish, attempt.error = "abort", f"cut off {MAX_CONTINUATIONS} times: {finish.message}"
                     return
 
-    async def _usable(self, server: _Server) -> _Server:
-        """The same server if it works, since it has the prompt in its cache; else another one, when there is one."""
+    async def _find_server(self, attempt: Attempt) -> None:
+        """Stay if the server works, since it has the prompt in its cache; else go to another one, if there is one."""
         loop = asyncio.get_running_loop()
-        while server.usable_at > loop.time():
-            server = self.choose()
-            await asyncio.sleep(max(0.0, server.usable_at - loop.time()))
-        return server
+        while attempt.server.usable_at > loop.time():
+            attempt.move(self.choose())
+            await asyncio.sleep(max(0.0, attempt.server.usable_at - loop.time()))
 
     async def _cut_off(self, attempt: Attempt, sampling: Sampling, finish: _Finish) -> None:
         sample = attempt.sample
@@ -281,9 +305,9 @@ class Fleet:
         # A paused server makes the next request wait; one that aborts at once must not be asked without a pause.
         await asyncio.sleep(min(LONGEST_PAUSE, FIRST_PAUSE * 1.5**sample.continuations - FIRST_PAUSE))
 
-    async def _ask(self, attempt: Attempt, params: dict[str, Any], server: _Server) -> _Finish | None:
+    async def _ask(self, attempt: Attempt, params: dict[str, Any]) -> _Finish | None:
         """One request; None when there was no reply that counts, and then the server is left alone for a while."""
-        loop = asyncio.get_running_loop()
+        loop, server = asyncio.get_running_loop(), attempt.server
         began, name = loop.time(), self._adapter_name()
         body = {
             "input_ids": [*attempt.sample.prompt_ids, *attempt.sample.output_ids],
@@ -293,7 +317,6 @@ class Fleet:
         }
         if name is not None:
             body["lora_path"] = name
-        server.in_flight += 1
         try:
             reply = await server.http.post("/generate", msgspec.json.encode(body))
             if reply.status == 200:
@@ -306,8 +329,6 @@ class Fleet:
             attempt.error = f"{server.url}: {_reason(reply.status, reply.body, server.url)}"
         except (OSError, HttpError, msgspec.MsgspecError) as error:
             attempt.error = f"{server.url}: {type(error).__name__}: {error}"
-        finally:
-            server.in_flight -= 1
         self._counts["retries"] += 1
         if began >= server.usable_at:
             logger.warning("%s; trying again", attempt.error)

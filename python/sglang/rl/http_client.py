@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
+CONNECT_SECONDS = 10.0
 _READ_BYTES = 1 << 16
 _MAX_IDLE = 512
 # A host that has vanished sends no reset: after half a minute of silence it is asked, and given up ten seconds later.
@@ -82,7 +83,11 @@ class HttpClient:
         self._idle.clear()
 
     async def _connect(self) -> _Connection:
-        reader, writer = await asyncio.open_connection(self._host, self._port, ssl=self._tls or None)
+        opening = asyncio.open_connection(self._host, self._port, ssl=self._tls or None)
+        try:
+            reader, writer = await asyncio.wait_for(opening, CONNECT_SECONDS)
+        except asyncio.TimeoutError:
+            raise ConnectionError(f"no connection within {CONNECT_SECONDS:g} s") from None
         _watch(writer.get_extra_info("socket"))
         return _Connection(reader, writer)
 

@@ -165,10 +165,15 @@ class LossStats:
         for name, peak in part.peaks.items():
             self._peaks[name] = torch.maximum(self._peaks[name], peak) if name in self._peaks else peak
 
-    def add_gap(self, batch: MicroBatch, logprobs: Tensor) -> None:
-        """Take in how far the trainer's log-probabilities (float32 [B, L]) are from the server's."""
-        gap = _difference(logprobs.detach(), batch.logprobs, batch.loss_mask).abs()
-        means = {metrics.LOGP_GAP_MEAN: _pair(gap, batch.loss_mask)}
+    def add_gap(self, batch: MicroBatch, logprobs: Tensor, version: int) -> None:
+        """Take in how far the trainer's log-probabilities (float32 [B, L]) are from the server's.
+
+        Only of tokens that `version`, which is the trainer's, has drawn: those of older ones differ because the policy
+        does.
+        """
+        mask = batch.loss_mask & (batch.versions == version)
+        gap = _difference(logprobs.detach(), batch.logprobs, mask).abs()
+        means = {metrics.LOGP_GAP_MEAN: _pair(gap, mask)}
         self.add(PolicyLoss(gap.sum(), means, {metrics.LOGP_GAP_MAX: gap.max()}))
 
     def reduce(self) -> dict[str, float]:

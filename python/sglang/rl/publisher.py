@@ -32,6 +32,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from sglang.rl.publisher_package import DTYPES, DType, Package, gather
@@ -46,7 +47,7 @@ TRANSPORTS: tuple[Transport, ...] = ("auto", "shm", "bytes")
 
 
 class Publisher:
-    """See the module.
+    """See the module. Give a name to one publisher alone: two that publish under it at once undo each other's stages.
 
     Args:
         servers: one URL or several.
@@ -122,7 +123,7 @@ class Publisher:
         """
         url = url.rstrip("/")
         key, info_key = self._keys
-        shared = self.settings.directory == SHARED_MEMORY
+        shared = Path(self.settings.directory).is_relative_to(SHARED_MEMORY)
         self._servers.setdefault(url, Server(url, key, info_key, self.settings.transport, shared))
 
     def remove_server(self, url: str) -> None:
@@ -162,9 +163,9 @@ class Publisher:
             finally:
                 self._number = publication.number
             self._current = version
-            for follower in self._followers:
-                follower(version)
-            return version
+        for follower in self._followers:
+            follower(version)
+        return version
 
     async def publish_async(self, adapter: Any, config: Any = None, *, mode: PublishMode | None = None) -> Version:
         """`publish` in a thread of its own."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any, Literal, TypeVar
 
 from sglang.rl.publisher_package import Package
@@ -28,7 +29,7 @@ ATTEMPTS = 3
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
 _POLL_SECONDS = 0.02
 _NO_FILE = ("adapter_not_found", "path_unreadable")
-_NOT_THERE = (404, 405)
+_NOT_THERE = (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED)
 _LEAK = (
     "its unload of {} has not returned: stock servers lose count of an adapter's users (aborts, disconnects, n > 1), "
     "and then every later load waits as well; restart it, or install the fix for stock servers there"
@@ -49,7 +50,7 @@ class Refused(SglangError):
     @property
     def may_pass(self) -> bool:
         """Whether the same call may succeed later."""
-        return self.status >= 500 or self.status == 409
+        return self.status >= 500 or self.status == HTTPStatus.CONFLICT
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ class Server:
 
     def probe(self, deadline: Deadline) -> set[str]:
         """Learn the kind; returns the names that it has adapters under. One that is still starting is waited for."""
-        reply = persistently(lambda: self._get("/lora_adapters", deadline), deadline)
+        reply = persistently(lambda: self._get("/lora_adapters", deadline), deadline, starting=True)
         self.kind = "stock" if reply.status in _NOT_THERE else "versioned"
         if self.kind == "versioned":
             return {str(adapter.get("lora_name")) for adapter in reply.json().get("adapters", [])}
@@ -236,7 +237,9 @@ class Server:
     def flush(self, deadline: Deadline) -> str:
         """Empty the prefix cache; returns what went wrong, which is only memory: caches tell versions apart."""
         reply = self._call("POST", "/flush_cache", [b"{}"], deadline)
-        return "" if reply.status == 200 else reply.body.decode(errors="replace").strip() or f"HTTP {reply.status}"
+        if reply.status == HTTPStatus.OK:
+            return ""
+        return reply.body.decode(errors="replace").strip() or f"HTTP {reply.status}"
 
     def resume(self, deadline: Deadline) -> None:
         """Undo `pause`; harmless where nothing is paused."""
@@ -246,10 +249,10 @@ class Server:
         end = Deadline(seconds)
         while True:
             reply = self._get("/get_load", deadline)
-            loads = reply.json().get("value") if reply.status == 200 else None
+            loads = reply.json().get("value") if reply.status == HTTPStatus.OK else None
             if not isinstance(loads, list):
                 return True
-            if sum(load["num_reqs"] - load["num_waiting_reqs"] for load in loads) <= 0:
+            if sum(load.get("num_reqs", 0) - load.get("num_waiting_reqs", 0) for load in loads) <= 0:
                 return True
             if end.passed:
                 return False
@@ -272,7 +275,7 @@ class Server:
     ) -> dict[str, Any]:
         def attempt() -> dict[str, Any]:
             reply = self._call("POST", path, body, deadline, content_type)
-            if reply.status != 200:
+            if reply.status != HTTPStatus.OK:
                 raise _refusal(reply)
             return reply.json()
 
@@ -280,7 +283,7 @@ class Server:
 
     def _get(self, path: str, deadline: Deadline) -> Reply:
         reply = self.http.call("GET", path, deadline=deadline, key=self.info_key)
-        if reply.status != 200 and reply.status not in _NOT_THERE:
+        if reply.status != HTTPStatus.OK and reply.status not in _NOT_THERE:
             raise _refusal(reply)
         return reply
 
@@ -295,24 +298,29 @@ class Server:
         return self.http.call(method, path, body, deadline=deadline, key=self.key, content_type=content_type)
 
 
-def persistently(attempt: Callable[[], T], deadline: Deadline, attempts: int | None = ATTEMPTS) -> T:
+def persistently(
+    attempt: Callable[[], T], deadline: Deadline, attempts: int | None = ATTEMPTS, *, starting: bool = False
+) -> T:
     """Try again after what may pass, with growing pauses.
 
     Args:
         attempts: at most so many; None for as many as the deadline allows.
+        starting: do not count replies that say 503: the server is loading its model.
 
     Raises:
         TransportError, Refused: the last attempt's.
     """
     pause, made = _FIRST_PAUSE, 0
     while True:
-        made += 1
         try:
             return attempt()
         except (TransportError, Refused) as error:
-            hopeless = isinstance(error, Refused) and not error.may_pass
-            deadline.sleep(0.0 if hopeless or made == attempts else pause)
-            if hopeless or made == attempts or deadline.passed:
+            status = error.status if isinstance(error, Refused) else None
+            made += not (starting and status == HTTPStatus.SERVICE_UNAVAILABLE)
+            if made == attempts or (isinstance(error, Refused) and not error.may_pass):
+                raise
+            deadline.sleep(pause)
+            if deadline.passed:
                 raise
         pause = min(2 * pause, _LONGEST_PAUSE)
 
@@ -324,10 +332,8 @@ def _refusal(reply: Reply) -> Refused:
     inner = error if isinstance(error, dict) else {}
     text = body.get("error_message") or inner.get("message") or body.get("message") or error
     message = str(text or reply.body[:300].decode(errors="replace") or "no reason given")
-    if reply.status in (401, 403):
+    if reply.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
         message += ": give the server's admin_api_key, or its api_key if it has no other"
-    elif body.get("error_code") == "not_enabled":
-        message += " (on that server)"
     return Refused(reply.status, str(body.get("error_code") or inner.get("code") or ""), message)
 
 

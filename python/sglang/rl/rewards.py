@@ -53,9 +53,9 @@ def last_number(text: str) -> str | None:
 
 
 def after_answer(text: str) -> str | None:
-    """What stands behind the last ``Answer:`` of a line, without a final full stop; None without one."""
+    """What stands behind the last ``Answer:`` of a line, without a final full stop or emphasis; None without one."""
     found = _AFTER.findall(text)
-    return found[-1].strip().strip("*").strip().removesuffix(".") if found else None
+    return found[-1].strip(" *\t\r").removesuffix(".").strip(" *") if found else None
 
 
 def tagged_answer(text: str) -> str | None:

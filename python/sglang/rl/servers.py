@@ -1,7 +1,8 @@
 """The inference servers of a run: those that the recipe names, or one that the run starts, watches and starts again.
 
-Owned by `train` on rank 0. Invariant: `ensure` returns only when every server answers /health, and says which of them
-have been started since it was called last: those have lost every adapter, and the policy must be published again.
+Owned by `director` on rank 0. Invariant: `ensure` returns only when every server answers /health, and says which of
+them may have been started since it was called last: those have lost every adapter, and the policy must be published
+again.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT = 600.0
 """Seconds until a server must answer: a large model is read from a slow disk."""
 STOP_TIMEOUT = 20.0
+_HEALTH_TIMEOUT = 10.0
 _POLL = 0.2
 
 
@@ -45,7 +47,7 @@ class Servers:
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
         self._output: IO[bytes] | None = None
-        self._known: dict[str, str] = {}
+        self._known: set[str] = set()
         if section.urls:
             self.urls = tuple(url.rstrip("/") for url in section.urls)
             self._command: list[str] = []
@@ -91,26 +93,26 @@ class Servers:
         self._known.clear()
 
     def _is_new(self, url: str) -> bool:
-        """Wait for a server; whether it is another process than the one that answered last."""
+        """Wait for a server; whether it had not answered before, or not all the time."""
         deadline = time.monotonic() + START_TIMEOUT
-        while (identity := self._identity(url)) is None:
+        while not self._answers(url):
+            self._known.discard(url)
             if self._process is not None and self._process.poll() is not None:
                 raise ServerError(f"the server ended with code {self._process.returncode}:\n{self._tail()}")
             if time.monotonic() > deadline:
-                raise ServerError(f"{url} did not answer within {START_TIMEOUT:.0f} s{self._tail()}")
+                raise ServerError(f"{url} did not answer within {START_TIMEOUT:.0f} s; {self._tail()}")
             time.sleep(_POLL)
-        new = self._known.get(url) != identity
-        self._known[url] = identity
+        new = url not in self._known
+        self._known.add(url)
         return new
 
-    def _identity(self, url: str) -> str | None:
-        """Something that differs between two lives of a server; None while it does not answer."""
+    def _answers(self, url: str) -> bool:
         try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5) as reply:
+            with urllib.request.urlopen(f"{url}/health", timeout=_HEALTH_TIMEOUT) as reply:
                 reply.read()
         except (urllib.error.URLError, OSError):
-            return None
-        return str(self._process.pid) if self._process is not None else "external"
+            return False
+        return True
 
     def _tail(self) -> str:
         if not self._log.exists():

@@ -24,9 +24,14 @@ from sglang.rl.policy import Policy, adapter_state, trainable
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A micro-batch on the device, with what the loss compares against; all float32 [B, L]."""
+    """A micro-batch on the device, with log-probabilities of its tokens, float32 [B, L].
+
+    Fields:
+        current: by the policy before the step; old: what the loss compares with; reference: by the base model.
+    """
 
     batch: MicroBatch
+    current: Tensor
     old: Tensor
     reference: Tensor | None
 
@@ -49,11 +54,12 @@ class Trainer:
             self._parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
         )
 
-    def update(self, minibatches: Sequence[Sequence[MicroBatch]]) -> dict[str, float]:
+    def update(self, minibatches: Sequence[Sequence[MicroBatch]], version: int) -> dict[str, float]:
         """One optimizer step for each minibatch.
 
         Args:
             minibatches: this rank's micro-batches, at least one; every rank has as many of each minibatch.
+            version: number of the policy before the update.
 
         Returns:
             means over the step, by the names of `metrics`.
@@ -61,6 +67,8 @@ class Trainer:
         self.policy.train()
         prepared = [[self._prepare(batch.to(self.device)) for batch in batches] for batches in minibatches]
         stats = LossStats()
+        for item in (item for batches in prepared for item in batches):
+            stats.add_gap(item.batch, item.current, version)
         norms = [self._step(batches, stats, first=i == 0) for i, batches in enumerate(prepared)]
         return {**stats.reduce(), "grad_norm": sum(norms) / len(norms), "lr": self._rate()}
 
@@ -68,12 +76,24 @@ class Trainer:
         """Old log-probabilities: the policy's own before the update, or those that the servers drew with."""
         loss = self._recipe.loss
         with torch.no_grad():
-            old = self._logprobs(batch) if loss.recompute_logprob else batch.logprobs
+            current = self._logprobs(batch)
             reference = None
             if loss.kl_coef:
                 with self.policy.base_only():
                     reference = self._logprobs(batch)
-        return Prepared(batch, old, reference)
+        return Prepared(batch, current, current if loss.recompute_logprob else batch.logprobs, reference)
+
+    @torch.no_grad()
+    def gap(self, batches: Sequence[MicroBatch], version: int) -> dict[str, float]:
+        """How far the servers' log-probabilities are from the policy's, by the names of `metrics`.
+
+        Args:
+            batches: this rank's, drawn at the rollouts' temperature; every rank has as many.
+        """
+        stats = LossStats()
+        for batch in (batch.to(self.device) for batch in batches):
+            stats.add_gap(batch, self._logprobs(batch), version)
+        return stats.reduce()
 
     def _step(self, batches: Sequence[Prepared], stats: LossStats, *, first: bool) -> float:
         """One optimizer step; the norm of its gradient."""
@@ -88,8 +108,6 @@ class Trainer:
             # Gradients are averaged over ranks; the denominator already counts everyone's tokens.
             (part.loss * distributed.world_size()).backward()  # type: ignore[no-untyped-call]
             stats.add(part)
-            # What the trainer made of the tokens before this update: the servers' numbers are beside it.
-            stats.add_gap(item.batch, item.old if loss.recompute_logprob else new.detach())
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._recipe.optim.grad_clip)
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate()
@@ -100,9 +118,9 @@ class Trainer:
         return float(full)
 
     def _pair(self, item: Prepared, *, fresh: bool) -> tuple[Tensor, MicroBatch]:
-        """How far the policy has moved from the old log-probabilities, which before the first update is not at all."""
-        if fresh and self._recipe.loss.recompute_logprob:
-            return torch.zeros_like(item.old), item.batch
+        """How far the policy is from the old log-probabilities; before the step's first update it is `current`."""
+        if fresh:
+            return item.current - item.old, item.batch
         with torch.no_grad():
             return self._logprobs(item.batch) - item.old, item.batch
 

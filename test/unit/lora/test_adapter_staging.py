@@ -54,6 +54,16 @@ async def test_a_staged_version_is_no_names_until_it_is_committed(front):
     assert front.scheduler.freed == [1]
 
 
+async def test_a_publication_is_timed_from_its_stage_to_its_commit():
+    took: list[float] = []
+    async with clean_front(lora=True, on_publish=took.append) as front:
+        await stage(front, "a", "/1")
+        assert took == []
+        await commit(front, "a", 1)
+        await commit(front, "a", 1)
+        assert len(took) == 1
+
+
 async def test_a_first_version_may_be_staged_as_well(front):
     await stage(front, "new", "/1")
     assert front.names == {}
@@ -200,6 +210,16 @@ async def test_a_commit_counts_towards_the_limits():
         assert (await commit(front, "q", 5)).success
         refused = await stage(front, "r", "/r", pinned=True)
         assert refused.error_code == "capacity"
+
+
+async def test_a_commit_looks_for_room_again():
+    async with clean_front(lora=True, max_loras_per_batch=2) as front:
+        await stage(front, "q", "/q", pinned=True)
+        pinned = await front.load("p", pinned=True)
+        assert (await commit(front, "q", 1)).error_code == "capacity"
+        assert front.names == {"p": pinned.version_id}
+        await front.answered(front.unloading("p"))
+        assert (await commit(front, "q", 1)).success, "it was staged all the time"
 
 
 async def test_without_lora_there_is_nothing_to_stage():

@@ -386,6 +386,10 @@ class Machine:
                 assert version_id not in scheduler.staged
             if version.state is VersionState.RETIRING:
                 assert version.leases, "nobody holds it, and it stays"
+        for version in registry.versions.values():
+            waits = version in manager.adapters._staged
+            assert not waits or version.state is VersionState.STAGING, "it was committed or retired, and waits for it"
+        assert all(manager.adapters._staged.of(name) in (None, *registry.named(name)) for name in NAMES)
         assert sum(version.pinned for version in registry.serving()) <= self.max_pinned
         assert not by_version, "a record holds a version that is gone"
         if not self.dead:

@@ -5,6 +5,7 @@ The package is imported when a task is built. Invariant: scorers run one at a ti
 
 from __future__ import annotations
 
+import importlib
 import threading
 from collections import Counter
 from dataclasses import dataclass
@@ -120,10 +121,9 @@ class ReasoningGym(Task):
 
 def _package() -> Any:
     try:
-        import reasoning_gym
+        return importlib.import_module("reasoning_gym")
     except ImportError as error:
         raise TaskError(f"the task needs the package reasoning-gym ({error}); pip install reasoning-gym") from error
-    return reasoning_gym
 
 
 def _options(section: TaskSection, overrides: dict[str, Any] | None = None) -> GymOptions:

@@ -6,11 +6,14 @@ anything else. Evaluation sets name data sets of their own.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from sglang.rl.config import TaskSection
 from sglang.rl.rewards import MathVerifier
@@ -41,7 +44,7 @@ class MathOptions(Options, frozen=True, kw_only=True):
     answer: str = "answer"
     suffix: str = "\nPlease reason step by step, and put your final answer within \\boxed{}."
     system: str = ""
-    template: dict[str, Any] = {"enable_thinking": False}
+    template: dict[str, Any] = msgspec.field(default_factory=lambda: {"enable_thinking": False})
     max_prompt_tokens: int = 0
     limit: int = 0
     processes: int = 4
@@ -139,7 +142,7 @@ def _read_hub(options: MathOptions) -> Iterable[Mapping[str, Any]]:
         '.to_json("problems.jsonl"); then set `dataset` to the path of that file'
     )
     try:
-        import datasets
+        datasets = importlib.import_module("datasets")
     except ImportError as error:
         raise TaskError(f"{options.dataset} needs the package datasets: pip install datasets; or {remedy}") from error
     try:

@@ -7,6 +7,7 @@ Words: right, wrong, unparsed (no answer in the text), bad_gold, failed (the pac
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import resource
@@ -47,7 +48,7 @@ def main() -> None:
     words = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
-        import math_verify
+        math_verify = importlib.import_module("math_verify")
     except ImportError as error:
         words.write(f"{type(error).__name__}: {error}\n")
         words.flush()

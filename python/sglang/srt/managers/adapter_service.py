@@ -259,15 +259,14 @@ class AdapterService:
         except AdapterError:
             self.registry.retire(version)
             raise
-        await self._publish(version, request.mode)
-        if self._on_publish is not None:
-            self._on_publish(time.perf_counter() - started)
+        await self._publish(version, request.mode, started)
         return version
 
     async def _stage(self, request: LoadRequest, seconds: float) -> AdapterVersion:
+        started = time.perf_counter()
         version = await self._bring(request, reuse=True)
         if version.state is VersionState.STAGING:
-            self._staged.add(version, seconds)
+            self._staged.add(version, seconds, started)
         return version
 
     async def _commit(self, name: str, version_id: int, digest: str | None, mode: Mode) -> AdapterVersion:
@@ -282,8 +281,7 @@ class AdapterService:
                 "was never staged here, its time was over, or another one has taken its place. Stage it again.",
             )
         self._check_room(name, version.pinned, upsert=True)
-        self._staged.take(version)
-        await self._publish(version, mode)
+        await self._publish(version, mode, self._staged.take(version))
         return version
 
     async def _bring(self, request: LoadRequest, *, reuse: bool = False) -> AdapterVersion:
@@ -337,7 +335,7 @@ class AdapterService:
                 f"Failed to load LoRA adapter {name}: all {num_pinned} of --max-loaded-loras {limit} are pinned.",
             )
 
-    async def _publish(self, version: AdapterVersion, mode: Mode) -> None:
+    async def _publish(self, version: AdapterVersion, mode: Mode, started: float) -> None:
         previous = self.registry.publish(version)
         if previous is not None:
             try:
@@ -346,6 +344,8 @@ class AdapterService:
             finally:
                 self.registry.retire(previous)
         self._enforce_limits(version)
+        if self._on_publish is not None:
+            self._on_publish(time.perf_counter() - started)
 
     async def _switch(self, old: AdapterVersion, new: AdapterVersion) -> None:
         # Held meanwhile: an unload in between must not free what the back moves requests to.

@@ -24,7 +24,7 @@ class StagedVersions:
 
     def __init__(self, retire: Callable[[AdapterVersion], None]) -> None:
         self._retire = retire
-        self._waiting: dict[str, tuple[AdapterVersion, asyncio.TimerHandle]] = {}
+        self._waiting: dict[str, tuple[AdapterVersion, asyncio.TimerHandle, float]] = {}
 
     def __contains__(self, version: AdapterVersion) -> bool:
         return self.of(version.name) is version
@@ -33,19 +33,25 @@ class StagedVersions:
         """The version that waits under a name."""
         return self._waiting[name][0] if name in self._waiting else None
 
-    def add(self, version: AdapterVersion, seconds: float) -> None:
-        """Wait for so long from now on; another one of its name is retired."""
+    def add(self, version: AdapterVersion, seconds: float, started: float) -> None:
+        """Wait for so long from now on; another one of its name is retired.
+
+        Args:
+            started: when its load was asked for; `take` gives it back.
+        """
         before = self.of(version.name)
         if before is not None:
             self.take(before)
         if before is not None and before is not version:
             self._retire(before)
         timer = asyncio.get_running_loop().call_later(seconds, self._expire, version, seconds)
-        self._waiting[version.name] = version, timer
+        self._waiting[version.name] = version, timer, started
 
-    def take(self, version: AdapterVersion) -> None:
-        """It waits no longer, and somebody else decides about it."""
-        self._waiting.pop(version.name)[1].cancel()
+    def take(self, version: AdapterVersion) -> float:
+        """It waits no longer, and somebody else decides about it; returns when its load was asked for."""
+        _, timer, started = self._waiting.pop(version.name)
+        timer.cancel()
+        return started
 
     def drop(self, name: str, version_id: int) -> bool:
         """Retire a version that waits; False when it does not."""
