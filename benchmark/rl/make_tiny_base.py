@@ -3,7 +3,7 @@
     python benchmark/rl/make_tiny_base.py python/sglang/rl/recipes/tiny-base
 
 A Qwen3 of four layers over characters, taught "17+25=42" where most answers are wrong. It ends up knowing the sum (the
-likeliest answer is right more often than not) without being sure of it (a sampled one is right one time in five): what
+likeliest answer is nearly always right) without being sure of it (a sampled one is right one time in three): what
 reinforcement learning is good at repairing. Takes two to four minutes on two cores. The result is committed, so that
 nobody has to; the same seed gives the same model up to the order of additions.
 """
@@ -27,7 +27,7 @@ WIDTH = 12
 """Tokens of the longest problem with its answer."""
 WRONG = 0.6
 """Share of answers that are wrong."""
-BATCH, STEPS, WARMUP, RATE = 256, 680, 100, 2e-3
+BATCH, STEPS, WARMUP, RATE = 256, 1100, 100, 2e-3
 
 
 def vocabulary() -> dict[str, int]:

@@ -28,12 +28,10 @@ Reports = dict[str, dict[str, Any]]
 
 
 def fingerprint() -> str:
-    """Changes with the patch and with the driver."""
-    files = [
-        *sorted((stock.SOURCES / "sglang_lora_patch").glob("*.py")),
-        *sorted(Path(stock.__file__).parent.glob("stock*.py")),
-    ]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    """Changes with what is inserted and with what drives it."""
+    ours = [stock.SOURCES / "sglang_lora_patch" / name for name in ("runtime.py", "transform.py")]
+    driver = [Path(stock.__file__).with_name(name) for name in ("stock_driver.py", "stock_stub.py")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in (*ours, *driver))).hexdigest()[:16]
 
 
 def measure(version: str, *, again: bool) -> dict[str, Reports] | str:

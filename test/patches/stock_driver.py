@@ -549,7 +549,7 @@ async def measure(function, modules, arguments):
         report["unload_ms"] = round((time.perf_counter() - started) * 1e3, 1)
     else:
         report["unload"] = "ok" if "A" not in world.scheduler.adapters else "HANG"
-    _, hang = await within(world.load("E"))
+    _, hang = await within(world.load("E"), LIMIT / 2)
     report["next_load"] = hang or "ok"
     report["crash"], report["unsafe"] = world.crash, len(world.scheduler.unsafe)
     for task in asyncio.all_tasks() - {asyncio.current_task()}:

@@ -305,7 +305,7 @@ async def evict_busy(m):
     task = asyncio.create_task(read(m, body()))
     await settle()
     for name in "BC":
-        await asyncio.wait_for(m.load_lora_adapter(Message(lora_name=name)), 1)
+        await asyncio.wait_for(m.load_lora_adapter(Message(lora_name=name)), 0.4)
     assert m.backend == {"A", "B", "C"}
     await m._handle_batch_output(batch("r"))
     await task
@@ -314,7 +314,7 @@ async def evict_and_use_again(m):
     task = asyncio.create_task(read(m, body()))
     await settle()
     for name in "BC":
-        await asyncio.wait_for(m.load_lora_adapter(Message(lora_name=name)), 1)
+        await asyncio.wait_for(m.load_lora_adapter(Message(lora_name=name)), 0.4)
     again = asyncio.create_task(read(m, body("again")))
     await settle()
     await m._handle_batch_output(batch("r", "again"))
@@ -324,9 +324,9 @@ async def evict_and_use_again(m):
 async def unload_busy(m):
     task = asyncio.create_task(read(m, body()))
     await settle()
-    answer = await asyncio.wait_for(m.unload_lora_adapter(UnloadLoRAAdapterReqInput(lora_name="A")), 1)
+    answer = await asyncio.wait_for(m.unload_lora_adapter(UnloadLoRAAdapterReqInput(lora_name="A")), 0.4)
     assert not answer.success and "still in use" in answer.error_message
-    await asyncio.wait_for(m.load_lora_adapter(Message(lora_name="B")), 1)
+    await asyncio.wait_for(m.load_lora_adapter(Message(lora_name="B")), 0.4)
     await m._handle_batch_output(batch("r"))
     await task
 

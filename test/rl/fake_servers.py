@@ -39,6 +39,7 @@ class FakeServer:
     """See the module.
 
     Fields:
+        key, open_to: what it asks for, and what else for some paths.
         serving: name -> (version, digest); staged: version -> (name, digest).
         calls: paths, in order; taken: what was read from paths or bodies.
         users: name -> how many requests a stock server believes to run on it.
@@ -47,6 +48,7 @@ class FakeServer:
 
     stock: bool = False
     key: str | None = None
+    open_to: dict[str, str] = field(default_factory=dict)
     serving: dict[str, tuple[int, str]] = field(default_factory=dict)
     staged: dict[int, tuple[str, str]] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
@@ -124,7 +126,8 @@ class FakeServer:
             self.calls.append(path)
             queue = self.on.get(path) or [None]
             answer = queue[0] if self.always and len(queue) == 1 else queue.pop(0)
-        if self.key is not None and handler.headers.get("authorization") != f"Bearer {self.key}":
+        key = self.open_to.get(path, self.key)
+        if key is not None and handler.headers.get("authorization") != f"Bearer {key}":
             self._send(handler, 401, {"error": "Unauthorized"})
             return
         if answer == CUT:

@@ -365,6 +365,16 @@ def test_a_wrong_key_is_an_error_that_says_so():
         publisher.publish(adapter(), CONFIG)
 
 
+def test_calls_that_a_server_does_not_count_as_administration():
+    """Stock servers want the api key for tensors in a request, and the admin key for the rest."""
+    a = FakeServer(stock=True, key="admin", open_to={"/load_lora_adapter_from_tensors": "api", LIST: "api"})
+    a.open_to["/v1/models"] = "api"
+    with fleet(a, transport="bytes", api_key="api", admin_api_key="admin", keep_last=1) as publisher:
+        for seed in range(2):
+            publisher.publish(adapter(seed), CONFIG)
+        assert list(a.serving) == ["lora_v2"]
+
+
 # ---- pause ---------------------------------------------------------------------------------------------------------
 
 

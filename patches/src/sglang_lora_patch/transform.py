@@ -205,9 +205,9 @@ class _Rewriter(cst.CSTTransformer):
         result = super().on_leave(original_node, updated_node)
         if not self._inside:
             return result
-        if isinstance(result, cst.BaseExpression):
+        if isinstance(result, cst.Call):
             return self._replaced(result, self.anchors.expressions)
-        if isinstance(result, cst.BaseSmallStatement):
+        if isinstance(result, (cst.Expr, cst.Assign, cst.AnnAssign)):
             return self._replaced(result, self.anchors.statements)
         return result
 
