@@ -1,5 +1,5 @@
 # make serve      a server on a small real model          PORT= MODEL= ARGS="more server flags"
-# make test       the default test suite                  ARGS="test/unit -k name"
+# make test       the default test suite                  JOBS=2 ARGS="test/unit -k name"
 # make lint       ruff and mypy
 # make bench      its speed beside transformers           PORT= ARGS="more flags of benchmark/serving/bench.py"
 # make kernels    a wheel of sgl-kernel in dist/          TARGET=cuda|rocm|cpu
@@ -12,6 +12,7 @@ MODEL  ?= smollm2
 HOST   ?= 127.0.0.1
 PORT   ?= 30000
 TARGET ?=
+JOBS   ?= 2
 ARGS   ?=
 
 BIN := .venv/bin
@@ -66,7 +67,7 @@ serve: venv
 	@exec $(BIN)/python -m sglang.launch_server --model-path $(MODEL) --host $(HOST) --port $(PORT) --device auto $(ARGS)
 
 test: venv
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check

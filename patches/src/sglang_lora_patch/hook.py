@@ -71,7 +71,7 @@ def _plan(package: Path) -> dict[str, bytes]:
     from . import transform, tree, versions
 
     try:
-        found = tree.find(package.parent, os.environ.get(f"{VARIABLE}_ASSUME") or _version(package))
+        found = tree.find(package.parent, os.environ.get(f"{VARIABLE}_ASSUME"))
         if tree.state(found) == "patched":
             return {}
         reason = versions.why_not(found.version)
@@ -81,12 +81,6 @@ def _plan(package: Path) -> dict[str, bytes]:
     except transform.Refusal as refusal:
         sys.stderr.write(f"sglang-lora-patch: {VARIABLE} is set, but {refusal}\n")
         return {}
-
-
-def _version(package: Path) -> str | None:
-    from . import tree
-
-    return tree._version_in(package.parent) or tree._installed_version()
 
 
 def install() -> None:

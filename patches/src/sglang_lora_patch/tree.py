@@ -64,35 +64,36 @@ class Installation:
         return noted
 
 
-def _version_in(site: Path) -> str | None:
-    found = [each.version for each in importlib.metadata.distributions(name="sglang", path=[str(site)])]
-    return found[0] if found else None
+def version_of(package: Path) -> str | None:
+    """The version noted beside a package folder, else the one this interpreter has installed."""
+    # A checkout earlier on the path than an installed one has its own version, next to it.
+    beside = [each.version for each in importlib.metadata.distributions(name="sglang", path=[str(package.parent)])]
+    if beside:
+        return beside[0]
+    try:
+        return importlib.metadata.version("sglang") if package == _imported() else None
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _imported() -> Path | None:
+    """The package folder this interpreter would import."""
+    spec = importlib.util.find_spec("sglang")
+    places = list(spec.submodule_search_locations or []) if spec else []
+    return Path(places[0]) if places else None
 
 
 def find(site: Path | None = None, assume: str | None = None) -> Installation:
     """Find the installation in folder `site` (one that holds `sglang/`), or the one this interpreter would import."""
-    if site is not None:
-        package, version = site / "sglang", assume or _version_in(site)
-    else:
-        spec = importlib.util.find_spec("sglang")
-        places = list(spec.submodule_search_locations or []) if spec else []
-        if not places:
-            raise Refusal("sglang is not installed for this interpreter; name its folder with --site")
-        package = Path(places[0])
-        # A checkout earlier on the path than the installed one has its own version, next to it.
-        version = assume or _version_in(package.parent) or _installed_version()
+    package = _imported() if site is None else site / "sglang"
+    if package is None:
+        raise Refusal("sglang is not installed for this interpreter; name its folder with --site")
     if not (package / "srt").is_dir():
         raise Refusal(f"{package} is no sglang package")
+    version = assume or version_of(package)
     if version is None:
         raise Refusal(f"the version of {package} is unknown; say which with --assume VERSION")
     return Installation(package.resolve(), version)
-
-
-def _installed_version() -> str | None:
-    try:
-        return importlib.metadata.version("sglang")
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _hash(data: bytes) -> str:
@@ -214,12 +215,15 @@ def verify(installation: Installation) -> dict[str, list[str]]:
     """Check the files and import them in a fresh interpreter; return the patched methods by class."""
     if state(installation) != "patched":
         raise Refusal(f"{installation.package} is {state(installation)}, not patched")
-    path = os.pathsep.join(filter(None, (str(installation.package.parent), os.environ.get("PYTHONPATH"))))
+    imported = _imported()
+    here = imported is not None and imported.resolve() == installation.package
+    path = [] if here else [str(installation.package.parent)]
+    path += [each for each in (os.environ.get("PYTHONPATH"),) if each]
     with tempfile.TemporaryDirectory() as elsewhere:
         probe = subprocess.run(
             [sys.executable, "-c", _PROBE],
             cwd=elsewhere,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
             capture_output=True,
             text=True,
             check=False,
@@ -230,7 +234,8 @@ def verify(installation: Installation) -> dict[str, list[str]]:
             f"the patched sglang does not import here ({last}). Where stock sglang does not import either, for "
             f"example without a GPU driver, use --no-import"
         )
-    seen: dict[str, list[str]] = json.loads(probe.stdout.strip().splitlines()[-1])
+    lines = [line for line in probe.stdout.splitlines() if line.startswith("{")]
+    seen: dict[str, list[str]] = json.loads(lines[-1])
     wanted = {
         "TokenizerManager": sorted(each.method for each in (*transform.MANAGER.methods, *transform.CONTROL.methods)),
         "LoRARegistry": sorted(each.method for each in transform.REGISTRY.methods),
