@@ -4,8 +4,8 @@
 
 A Qwen3 of four layers over characters, taught "17+25=42" where most answers are wrong. It ends up knowing the sum (the
 likeliest answer is nearly always right) without being sure of it (a sampled one is right one time in three): what
-reinforcement learning is good at repairing. Takes about five minutes on two idle cores. The result is committed, so that
-nobody has to; the same seed gives the same model up to the order of additions.
+reinforcement learning is good at repairing. Takes about five minutes on two idle cores. The result is committed, so
+that nobody has to; the same seed gives the same model up to the order of additions.
 """
 
 from __future__ import annotations

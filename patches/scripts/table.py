@@ -20,7 +20,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY / "test" / "patches"), str(REPOSITORY / "patches" / "src")]
 
-import stock  # noqa: E402
+import stock  # type: ignore[import-not-found]  # noqa: E402
 from sglang_lora_patch.versions import SUPPORTED  # noqa: E402
 
 COLUMNS = 4
