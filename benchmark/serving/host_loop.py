@@ -3,8 +3,8 @@
     python benchmark/serving/host_loop.py --rows 1 16 64 256 [--profile]
 
 The scheduler, its planner, KV manager and output processor are the server's own; the runner draws random tokens and
-takes no time. A step must take well under the device's (numbers of the README) to hide beneath it. Adapters: rows are
-spread over `--adapters` versions. Then the front: `--front` decodes the same messages into records that stream.
+takes no time. A step must take well under the device's to hide beneath it. Adapters: rows are spread over `--adapters`
+versions.
 """
 
 from __future__ import annotations

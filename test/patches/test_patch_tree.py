@@ -59,6 +59,7 @@ def test_every_path_of_the_toy(toy):
     tree.apply(tree.find(toy), check_import=False)
     patched = json.loads(run(toy, RUN, SGLANG_LORA_PATCH_UNLOAD_TIMEOUT="0.05").stdout)
     backends = {"evict_busy": ["B", "C"], "unload_busy": ["B"], "evict_and_use_again": ["A", "B", "C"]}
+    backends |= {"unload_cancelled": [], "load_the_leaving_too_long": []}
     assert patched == {path: [0, 0, backends.get(path, ["A"])] for path in stock}
 
 

@@ -330,6 +330,38 @@ async def unload_busy(m):
     await m._handle_batch_output(batch("r"))
     await task
 
+async def unload_cancelled(m):
+    task = asyncio.create_task(read(m, body()))
+    await settle()
+    unload = asyncio.create_task(m.unload_lora_adapter(UnloadLoRAAdapterReqInput(lora_name="A")))
+    await settle()
+    unload.cancel()
+    await settle()
+    await m._handle_batch_output(batch("r"))
+    await task
+
+async def load_the_leaving(m):
+    task = asyncio.create_task(read(m, body()))
+    await settle()
+    unload = asyncio.create_task(m.unload_lora_adapter(UnloadLoRAAdapterReqInput(lora_name="A")))
+    await settle()
+    load = asyncio.create_task(m.load_lora_adapter(Message(lora_name="A")))
+    await settle()
+    assert not load.done() and not m.lora_update_lock.locked(), "waits, and not with the lock"
+    await m._handle_batch_output(batch("r"))
+    await task
+    assert (await unload).success and (await load).success
+
+async def load_the_leaving_too_long(m):
+    task = asyncio.create_task(read(m, body()))
+    await settle()
+    unload = asyncio.create_task(m.unload_lora_adapter(UnloadLoRAAdapterReqInput(lora_name="A")))
+    await settle()
+    answer = await asyncio.wait_for(m.load_lora_adapter(Message(lora_name="A")), 0.4)
+    assert not answer.success and "still in use" in answer.error_message
+    await m._handle_batch_output(batch("r"))
+    await asyncio.gather(task, unload)
+
 async def serve(path):
     manager = TokenizerManager()
     await manager.load_lora_adapter(Message(lora_name="A"))
@@ -342,6 +374,6 @@ async def serve(path):
     return [counter.value(), len(manager.rid_to_state), sorted(manager.backend)]
 
 PATHS = [finish, abort_queued, too_long, send_fails, failed_by_scheduler, n3, gone_client, evict_busy,
-         evict_and_use_again, unload_busy]
+         evict_and_use_again, unload_busy, unload_cancelled, load_the_leaving, load_the_leaving_too_long]
 print(json.dumps({path.__name__: asyncio.run(serve(path)) for path in PATHS}))
 """

@@ -174,12 +174,12 @@ class LossStats:
         mask = batch.loss_mask & (batch.versions == version)
         gap = _difference(logprobs.detach(), batch.logprobs, mask).abs()
         means = {metrics.LOGP_GAP_MEAN: _pair(gap, mask)}
-        self.add(PolicyLoss(gap.sum(), means, {metrics.LOGP_GAP_MAX: gap.max()}))
+        self.add(PolicyLoss(gap.sum(), means, {metrics.LOGP_GAP_MAX: torch.where(mask, gap, -torch.inf).max()}))
 
     def reduce(self) -> dict[str, float]:
         """Means and maxima over everything added on all ranks, by the names of `metrics`.
 
-        Every rank must call it, having added the same kinds of things. A mean of nothing is NaN.
+        Every rank must call it, having added the same kinds of things. A mean or maximum of nothing is NaN.
         """
         if not self._means:
             return {}
@@ -188,6 +188,7 @@ class LossStats:
         if dist.is_initialized():
             dist.all_reduce(pairs)
             dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
+        peaks = peaks.masked_fill(peaks == -torch.inf, torch.nan)
         values = torch.cat([pairs[:, 0] / pairs[:, 1], peaks]).tolist()
         return dict(zip([*self._means, *self._peaks], values, strict=True))
 

@@ -7,6 +7,7 @@ again.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -88,7 +89,11 @@ class Servers:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         self._output = self._log.open("ab")
         self._process = subprocess.Popen(
-            self._command, stdout=self._output, stderr=subprocess.STDOUT, start_new_session=True
+            self._command,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
         self._known.clear()
 
@@ -118,6 +123,12 @@ class Servers:
         if not self._log.exists():
             return ""
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-20:])
+
+
+def _end_with_parent() -> None:
+    """In the child: SIGTERM when the trainer has gone, however it went (prctl(PR_SET_PDEATHSIG), Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def _free_port() -> int:

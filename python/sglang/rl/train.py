@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -146,11 +148,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", help="section.field=value, instead of the recipe's")
     parser.add_argument("--out", help="directory of logs, checkpoints and plots")
     parser.add_argument("--resume", action="store_true", help="go on behind the last checkpoint in that directory")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s train] %(levelname)s %(message)s")
     recipe = load_recipe(args.recipe, tuple(args.overrides))
     if args.out:
         recipe = msgspec.structs.replace(recipe, out=args.out)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that servers are stopped
     run = Run(recipe, args.resume)
     try:
         run.run()
