@@ -67,7 +67,7 @@ serve: venv
 	@exec $(BIN)/python -m sglang.launch_server --model-path $(MODEL) --host $(HOST) --port $(PORT) --device auto $(ARGS)
 
 test: venv
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check

@@ -274,13 +274,13 @@ def test_h1_pickle_corpus_is_refused(payload, monkeypatch):
         patched.setattr(pickle, "loads", forbidden)
         patched.setattr(pickle, "Unpickler", forbidden)
         patched.setattr(os, "system", forbidden)
-        started = time.perf_counter()
+        started = time.process_time()
         for bucket in (False, True):
             with pytest.raises(AdapterError) as caught:
                 unpickle_tensors(memoryview(payload), bucket)
             assert caught.value.code == "invalid_adapter" and caught.value.status == 400
             assert len(str(caught.value)) < 2000
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     assert not Path(Canary.path).exists()
 
 
