@@ -27,29 +27,31 @@ COLUMNS = 4
 Reports = dict[str, dict[str, Any]]
 
 
-def fingerprint() -> str:
-    """Changes with what is inserted and with what drives it."""
-    ours = [stock.SOURCES / "sglang_lora_patch" / name for name in ("runtime.py", "transform.py")]
-    driver = [Path(stock.__file__).with_name(name) for name in ("stock_driver.py", "stock_stub.py")]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in (*ours, *driver))).hexdigest()[:16]
+def fingerprint(run: str) -> str:
+    """Changes with what drives the run, and for the one after the patch with what is inserted."""
+    files = [Path(stock.__file__).with_name(name) for name in ("stock_driver.py", "stock_stub.py")]
+    if run == "after":
+        files += [stock.SOURCES / "sglang_lora_patch" / name for name in ("runtime.py", "transform.py")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def measure(version: str, *, again: bool) -> dict[str, Reports] | str:
     """Both runs of one release, or why there are none."""
-    kept = stock.HOME / "results" / f"{version}.json"
-    if kept.exists() and not again:
-        results: dict[str, Any] = json.loads(kept.read_text())
-        if results.pop("fingerprint") == fingerprint():
-            return results
-    try:
-        before, after = stock.stock_tree(version, fetch=True), stock.patched_tree(version, fetch=True)
-        if before is None:
-            return "no wheel"
-        results = {"before": stock.drive(before), "after": stock.drive(after)}
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps({"fingerprint": fingerprint(), **results}))
+    results: dict[str, Reports] = {}
+    for run, tree in (("before", stock.stock_tree), ("after", stock.patched_tree)):
+        kept = stock.HOME / "results" / f"{version}-{run}.json"
+        known = json.loads(kept.read_text()) if kept.exists() and not again else {}
+        if known.get("fingerprint") != fingerprint(run):
+            try:
+                place = tree(version, fetch=True)
+                if place is None:
+                    return "no wheel"
+                known = {"fingerprint": fingerprint(run), "reports": stock.drive(place)}
+            except Exception as error:
+                return f"{type(error).__name__}: {error}"
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(known))
+        results[run] = known["reports"]
     return results
 
 

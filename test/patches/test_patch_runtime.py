@@ -189,6 +189,25 @@ async def test_unsent_records_go_and_sent_ones_are_aborted():
     assert manager.lora_registry.counts() == [2, 0], "those that were sent, until the scheduler answers"
 
 
+@pytest.mark.parametrize("finished", [False, True])
+async def test_a_record_dropped_too_early_comes_back(finished):
+    async def script(self, obj):
+        self.rid_to_state["sent"] = SimpleNamespace(finished=finished)
+        await runtime.acquire(self.lora_registry, "A")
+        self._send_one_request(request("sent"))
+        del self.rid_to_state["sent"]
+        raise ValueError
+        yield
+
+    manager = Manager(script)
+    with pytest.raises(ValueError):
+        await anext(manager.generate_request(None))
+    assert manager.aborted == ([] if finished else ["sent"])
+    assert ("sent" in manager.rid_to_state) is not finished
+    manager.rid_to_state.finish("sent")
+    assert manager.lora_registry.counts() == [0, 0]
+
+
 async def test_failed_acquire_gives_back_what_it_had():
     async def script(self, obj):
         await runtime.acquire(self.lora_registry, ["A", "nobody"])

@@ -198,6 +198,7 @@ class Scope:
         self.open = False
         try:
             for rid, state in self.records.items():
+                manager.rid_to_state.restore(rid, state)
                 if manager.rid_to_state.get(rid) is state:
                     self._abandon(manager, rid)
         finally:
@@ -250,6 +251,14 @@ class StateTable(dict[str, Any]):
         if state is not None:
             self._awaiting[waiter] = state
             self._awaited[rid] = state
+
+    def restore(self, rid: str, state: Any) -> None:
+        """Put back the record of a request the scheduler still has: some releases drop it when a call fails.
+
+        Without it the request could not be aborted, and would run on for nobody.
+        """
+        if rid in self._owners and rid not in self and not getattr(state, "finished", True):
+            super().__setitem__(rid, state)
 
     def own(self, rid: str, lease: Lease) -> None:
         """Make the dispatched request `rid` the owner of `lease`."""
