@@ -10,6 +10,7 @@ server=""
 trap 'kill $server || true; rm -rf "$work"' EXIT
 mkdir "$work/files" && cp "$dist"/* "$work/files"
 cd "$work"
+: >log
 # Port 0: any that is free. The server says which.
 "$python" -u -m http.server --bind 127.0.0.1 0 >log 2>&1 &
 server=$!
