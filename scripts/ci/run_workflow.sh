@@ -7,6 +7,9 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 workflow=.github/workflows/${1:?usage: run_workflow.sh test|lint|wheels|nightly [options of act]}.yml
 shift
+for option; do # without containers act runs the steps all the same, and takes the wrong Python
+  case $option in -n | --dryrun) echo "act's --dryrun is not one here" >&2 && exit 2 ;; esac
+done
 bin=$(scripts/ci/tools.sh)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
