@@ -175,11 +175,9 @@ class LoRAManager:
 
     def outside_slabs(self, versions: NDArray[np.int64]) -> BatchInfo | None:
         """What these rows' adapters add to the embedding and the head (all of their modules, without slabs)."""
-        weights = self._weights
         if self._fused:
-            rest = [v for v in np.unique(versions).tolist() if v != BASE_VERSION and weights[v].rest.numel()]
-            versions = np.where(np.isin(versions, rest), versions, BASE_VERSION)
-        return group_rows(versions, weights, self.device)
+            versions = np.where(np.isin(versions, self._beyond_slabs(versions)), versions, BASE_VERSION)
+        return group_rows(versions, self._weights, self.device)
 
     # ---- captured steps --------------------------------------------------------------------------------------------
 
@@ -190,6 +188,10 @@ class LoRAManager:
         assert self._slots is not None
         return BatchShape(max_rows, self._slots.slabs.num_slots, _DECODE_TILE)
 
+    def captures(self, versions: NDArray[np.int64]) -> bool:
+        """Whether a batch of slabs is all that rows with these versions (int64 [T], all loaded) need."""
+        return self._fused and not self._beyond_slabs(versions)
+
     def slab_batch(self, words: LoraBatch, others: BatchInfo | None = None) -> SlabBatch:
         """A batch that reads these words whenever its operators run."""
         assert self._slots is not None
@@ -199,6 +201,11 @@ class LoRAManager:
         """Fill the words of rows with these versions (int64 [T]), all loaded."""
         assert self._slots is not None
         build_batch(row_slots(versions, self._slots.versions), self._slots.slabs.ranks, shape, out)
+
+    def _beyond_slabs(self, versions: NDArray[np.int64]) -> list[int]:
+        """Those of these versions that have modules outside the slabs."""
+        weights = self._weights
+        return [v for v in np.unique(versions).tolist() if v != BASE_VERSION and weights[v].rest.numel()]
 
     @property
     def _weights(self) -> Mapping[int, AdapterWeights]:

@@ -146,7 +146,7 @@ class DecodeGraphs:
             return False
         if not versions.any():
             return True
-        return self._adapters is not None and self._lora is not None and self._lora.outside_slabs(versions) is None
+        return self._lora is not None and self._lora.captures(versions)
 
     @torch.inference_mode()
     def capture(self) -> None:

@@ -39,6 +39,7 @@ from sglang.srt.sampling.sampler import (
     draws_whole,
     row_uniforms,
 )
+from sglang.srt.sampling.transfer import to_device
 
 SCORE_SLICE = 256
 """Prompt rows whose logits exist at once: 256 x 150k x 4 bytes is 150 MB."""
@@ -190,7 +191,7 @@ class ModelRunner:
             return StepResult(GraphSample(pending, plan, len(step.slots)), [])
         # What the graph has drawn is of no use: these rows want more than it can do.
         sample = self.sampler.sample(graphs.logits[: len(step.slots)], step.sampling)
-        self._last_tokens[self._to_device(step.sample_slots)] = sample.tokens
+        self._last_tokens[to_device(step.sample_slots, self.device)] = sample.tokens
         sample.start_copy()
         return StepResult(sample, [])
 
@@ -201,7 +202,7 @@ class ModelRunner:
         if len(step.decode_rows) == len(input_ids):
             input_ids = self._last_tokens[slots]
         elif len(step.decode_rows):
-            decode_rows, decode_slots = self._to_device(np.stack([step.decode_rows, step.decode_slots]))
+            decode_rows, decode_slots = to_device(np.stack([step.decode_rows, step.decode_slots]), self.device)
             input_ids[decode_rows] = self._last_tokens[decode_slots]
         self.attention.plan(step.shape, slots)
         adapters = self._adapters(step)
@@ -225,15 +226,9 @@ class ModelRunner:
         """(token columns [3, T], sample rows [R], slots [B]) in one packed copy."""
         num_tokens, num_rows = len(step.input_ids), len(step.sample_rows)
         packed = np.concatenate([step.input_ids, step.positions, step.out_locs, step.sample_rows, step.slots])
-        device = self._to_device(packed)
+        device = to_device(packed, self.device)
         tokens = device[: 3 * num_tokens].view(3, num_tokens)
         return tokens, device[3 * num_tokens : 3 * num_tokens + num_rows], device[3 * num_tokens + num_rows :]
-
-    def _to_device(self, column: NDArray[np.int64]) -> Tensor:
-        tensor = torch.from_numpy(column)
-        if self.device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def _sample(self, hidden: Tensor, rows: Tensor, step: StepInput, adapters: RowAdapters) -> SampleOutput | None:
         if not len(step.sample_rows):
@@ -242,11 +237,11 @@ class ModelRunner:
             hidden = hidden[rows]
         logits = self.model.compute_logits(hidden, adapters.of(step.sample_rows))
         output = self.sampler.sample(logits, step.sampling)
-        self._last_tokens[self._to_device(step.sample_slots)] = output.tokens
+        self._last_tokens[to_device(step.sample_slots, self.device)] = output.tokens
         return output
 
     def _score(self, hidden: Tensor, wanted: ScoreRows, adapters: RowAdapters) -> list[ScoreOutput]:
-        rows, targets = self._to_device(np.stack([wanted.rows, wanted.targets]))
+        rows, targets = to_device(np.stack([wanted.rows, wanted.targets]), self.device)
         row = wanted.sampling
         return [
             self.sampler.score(

@@ -18,6 +18,7 @@ from torch import Tensor
 from sglang.srt.model_executor.forward_context import KVPoolView, PageTableView, StepShape
 from sglang.srt.ops import attention as ops
 from sglang.srt.ops.cpu import kernels
+from sglang.srt.sampling.transfer import to_device
 
 _QUERY_BLOCK = 512
 """Queries attended to under one mask: bounds it to 512 rows, and skips keys that none of them sees."""
@@ -134,10 +135,10 @@ class TorchNativeAttention:
         """`places`: (sequence, token row) of each member, [2, B]; None when the members are the whole step."""
         seen = self._seen(kv_lens)
         longest = int(seen.max())
-        first, last = self._upload(np.stack([kv_lens - seen, kv_lens - 1]))
+        first, last = to_device(np.stack([kv_lens - seen, kv_lens - 1]), self.device)
         slots, rows = req_slots, None
         if places is not None:
-            members, rows = self._upload(places)
+            members, rows = to_device(places, self.device)
             slots = req_slots[members]
         positions = first[:, None] + torch.arange(longest, device=self.device)
         locs = self._locations(slots[:, None], torch.minimum(positions, last[:, None]))
@@ -189,10 +190,6 @@ class TorchNativeAttention:
         torch.index_select(k_pool, 0, locs, out=keys)
         torch.index_select(v_pool, 0, locs, out=values)
         return keys.to(dtype), values.to(dtype)
-
-    def _upload(self, values: NDArray[np.int64]) -> Tensor:
-        tensor = torch.from_numpy(values)
-        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
 
 def _batches(members: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from sglang.srt.errors import ConfigError
 from sglang.srt.model_executor.forward_context import KVPoolView, PageTableView, StepShape
 from sglang.srt.ops.triton import attention as ops
+from sglang.srt.sampling.transfer import to_device
 
 _MIN_COUNTED = 4096
 """Sequences there are counters for, if the page table has fewer slots: graphs may be padded beyond those."""
@@ -78,7 +79,7 @@ class TritonAttention:
     def plan(self, shape: StepShape, req_slots: Tensor) -> None:
         """See AttentionBackend."""
         if shape.decode_only:
-            kv_lens = self._upload(shape.kv_lens)
+            kv_lens = to_device(shape.kv_lens.astype(np.int64), self.device)
             self._plan_all_decodes(req_slots, kv_lens, int(shape.kv_lens.max()))
         else:
             self._step = self._plan_mixed(shape, req_slots)
@@ -116,7 +117,8 @@ class TritonAttention:
         rows = np.cumsum(shape.query_lens)[single] - 1
         batch, count, num_blocks = len(shape.kv_lens), len(single), len(blocks)
         places = np.stack([single, rows], axis=1)
-        packed = self._upload(np.concatenate([shape.kv_lens, places.reshape(-1), blocks.reshape(-1)]))
+        columns = np.concatenate([shape.kv_lens, places.reshape(-1), blocks.reshape(-1)])
+        packed = to_device(columns.astype(np.int64), self.device)
         kv_lens, pairs, fields = packed.split([batch, 2 * count, ops.BLOCK_FIELDS * num_blocks])
         decodes = ops.Decodes(req_slots, kv_lens, pairs.view(count, 2), count) if count else None
         longest = int(shape.kv_lens[single].max()) if count else 1
@@ -126,14 +128,6 @@ class TritonAttention:
     def _splits(self, count: int, longest: int) -> ops.Splits:
         seen = longest if self.window is None else min(longest, self.window)
         return ops.choose_splits(count, self._kv_heads, seen, self.device)
-
-    def _upload(self, values: NDArray) -> Tensor:
-        """int64 copy on the device, without waiting for it."""
-        if self.device.type == "cpu":
-            return torch.from_numpy(values.astype(np.int64))
-        pinned = torch.empty(len(values), dtype=torch.int64, pin_memory=True)
-        pinned.numpy()[:] = values
-        return pinned.to(self.device, non_blocking=True)
 
 
 def query_blocks(shape: StepShape, queries: int) -> NDArray[np.int64]:
