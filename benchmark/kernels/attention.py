@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from replay import replay_ms
 from torch import Tensor
 
 from sglang.srt.layers.attention.triton import query_blocks
@@ -92,17 +92,7 @@ def graph_us(run: Callable[[], None], repeats: int) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    times = []
-    for i in range(repeats + 3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        other.zero_()
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if i >= 3:
-            times.append(start.elapsed_time(end))
-    return statistics.median(times) * 1e3 / CALLS
+    return replay_ms(graph, repeats, other.zero_) * 1e3 / CALLS
 
 
 def decode_variants(pool: Pool, max_context: int, tune: bool) -> Iterator[Variant]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from replay import replay_ms
 from torch import Tensor
 
 from sgl_kernel import _binding
@@ -43,16 +43,7 @@ def graph_ms(run: Callable[[], None], repeats: int) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    times = []
-    for i in range(repeats + 3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if i >= 3:
-            times.append(start.elapsed_time(end))
-    return statistics.median(times)
+    return replay_ms(graph, repeats)
 
 
 def systems(weights: list[Tensor], tokens: int, splits: list[int]) -> Iterator[tuple[str, Callable[[], None]]]:

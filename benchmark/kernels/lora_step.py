@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from replay import replay_ms
 from torch import Tensor
 
 from sgl_kernel import _binding
@@ -197,16 +197,7 @@ def graph_us(run: Callable[[], None], repeats: int) -> float:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run()
-    times = []
-    for i in range(repeats + 3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if i >= 3:
-            times.append(start.elapsed_time(end))
-    return statistics.median(times) * 1e3
+    return replay_ms(graph, repeats) * 1e3
 
 
 def cases(batches: list[int], ranks: list[int], counts: list[int]) -> Iterator[tuple[int, int, int]]:
