@@ -85,8 +85,8 @@ class Pool:
 def graph_us(run: Callable[[], None], repeats: int) -> float:
     """Median microseconds of one of the CALLS of `run`, captured, with none of its operands in the L2 cache."""
     other = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
+    torch.cuda.synchronize()  # operands are being filled on another stream
+    with torch.cuda.stream(torch.cuda.Stream()):
         run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

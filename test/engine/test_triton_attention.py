@@ -182,10 +182,10 @@ def test_decodes_in_splits(heads: int, kv_heads: int, dim: int, page_size: int) 
 def test_splits_follow_the_batch(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 132)
     assert kernels.choose_splits(1, 8, 40960, CPU) == (64, 64)
-    assert kernels.choose_splits(16, 8, 40960, CPU) == (5, 64)
-    assert kernels.choose_splits(64, 8, 1000, CPU) == (2, 256)
-    assert kernels.choose_splits(256, 8, 40960, CPU) == (8, 512)
-    assert kernels.choose_splits(256, 8, 2048, CPU) == (1, 512)
+    assert kernels.choose_splits(16, 8, 40960, CPU) == (4, 128)
+    assert kernels.choose_splits(64, 8, 1000, CPU) == (1, 2048)
+    assert kernels.choose_splits(256, 8, 40960, CPU) == (8, 2048)
+    assert kernels.choose_splits(256, 8, 2048, CPU) == (1, 2048)
 
 
 @pytest.mark.parametrize(("count", "min_tokens"), [(1, 1), (2, 1), (3, 64), (8, 100), (20, 1)])

@@ -39,7 +39,7 @@ _PROGRAMS_PER_SM = 4
 """Decode programs that a multiprocessor should have, so that enough loads are on their way."""
 _MAX_SPLITS = 64
 _LONG_TOKENS = 2048
-"""With a full device a sequence is split from about here on, so that a long one does not run on alone."""
+"""Tokens of a part when the device is full without parts."""
 _MAX_LONG_SPLITS = 8
 _ROOMY_BYTES = 160 << 10
 """Shared memory of a block from which on the larger prefill tiles fit: sm_80, sm_90, sm_100."""
@@ -116,7 +116,7 @@ def decode_tiles(head_dim: int, dtype: torch.dtype) -> DecodeTiles:
     """Tiles of the decode kernel for heads of `head_dim` values of `dtype`."""
     if dtype.itemsize > 2:
         return DecodeTiles(32, 4, 1)
-    return DecodeTiles(64 if head_dim <= 128 else 32, 4, 3)
+    return DecodeTiles(64 if head_dim <= 128 else 32, 2, 2)
 
 
 def prefill_tiles(head_dim: int, group: int, dtype: torch.dtype, device: torch.device) -> PrefillTiles:
@@ -127,20 +127,20 @@ def prefill_tiles(head_dim: int, group: int, dtype: torch.dtype, device: torch.d
     elif _shared_bytes(device) < _ROOMY_BYTES:
         tiles = PrefillTiles(64, 32, 4, 2)
     else:
-        tiles = PrefillTiles(128, 64, 8, 3) if head_dim <= 128 else PrefillTiles(64, 64, 4, 2)
+        tiles = PrefillTiles(128, 64, 4, 3) if head_dim <= 128 else PrefillTiles(64, 64, 4, 2)
     return tiles._replace(block_m=max(tiles.block_m, int(triton.next_power_of_2(group))))
 
 
 def choose_splits(count: int, num_kv_heads: int, longest: int, device: torch.device) -> Splits:
     """How to split `count` sequences of which none has more than `longest` tokens.
 
-    Few of them: parts that are as short as need be to give every multiprocessor some. Many: long sequences only.
+    Few of them: as many parts as give every multiprocessor some. Many: only long sequences, so that none runs on alone
+    at the end; to merge parts costs a step of short ones more than it gains.
     """
-    share = -(-_PROGRAMS_PER_SM * _multiprocessors(device) // (count * num_kv_heads))
-    if share >= 4:
-        return Splits(min(share, _MAX_SPLITS), 64)
-    long_splits = min(_MAX_LONG_SPLITS, -(-longest // _LONG_TOKENS))
-    return Splits(max(share, long_splits), 256 if share > 1 else 512)
+    share = _PROGRAMS_PER_SM * _multiprocessors(device) // (count * num_kv_heads)
+    if share >= 2:
+        return Splits(min(1 << share.bit_length() - 1, _MAX_SPLITS), 64 if share >= 16 else 128)
+    return Splits(min(_MAX_LONG_SPLITS, -(-longest // _LONG_TOKENS)), _LONG_TOKENS)
 
 
 def decode(
