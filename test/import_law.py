@@ -53,6 +53,7 @@ SHARED_LORA = (
     "adapter",
     "adapter_config",
     "adapter_fit",
+    "adapter_image",
     "adapter_reader",
     "adapter_source",
     "host_buffer",

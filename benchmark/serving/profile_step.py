@@ -2,10 +2,11 @@
 
     python benchmark/serving/profile_step.py --cache DIR --rows 1 16 64 256 --adapters 0 1 4 --out profile.jsonl
 
-`gpu_model` makes the model and its adapters in DIR. `step_us` is the pace of
-the scheduler's turns without the profiler: what a client sees beside HTTP. Kernels come from torch's profiler; those
-that start early count their wait for the one before them, so their sum may exceed the step. A prefill is that many
-prompt tokens of one request, operation by operation, and `step_us` the time until its token is there.
+`gpu_model` makes the model and its adapters in DIR. `step_us` is the pace of the
+scheduler's turns without the profiler, what a client sees beside HTTP; `busy_us` is for how much of a profiled turn the
+device has something to do. Kernels come from torch's profiler; those that start early count their wait for the one
+before them, so their sum may exceed the step. A prefill is that many prompt tokens of one request, operation by
+operation, and `step_us` the time until its token is there.
 """
 
 from __future__ import annotations
@@ -47,14 +48,16 @@ KINDS = (
     ("step start", r"begin_decode"),
     ("copies", r"memcpy|memset|Memcpy|Memset|copy"),
 )
-STEPS, WARM_STEPS, PROFILED_STEPS = 100, 10, 20
+STEPS, WARM_STEPS, PROFILED_STEPS = 60, 10, 20
 PROMPT_SEED = 1
+CUDA = torch.autograd.DeviceType.CUDA
 
 
 class Bench:
     """An engine, its scheduler, and adapters 1, 2, …; requests are made here and results thrown away."""
 
-    def __init__(self, made: dict[str, Any], num_adapters: int, flags: list[str]) -> None:
+    def __init__(self, made: dict[str, Any], num_adapters: int, flags: list[str], timeline: int) -> None:
+        self._timeline = timeline
         args = ["--model-path", made["model"], "--skip-tokenizer-init", *flags]
         if num_adapters:
             args += ["--enable-lora", "--max-lora-rank", "16", "--max-loras-per-batch", "8"]
@@ -82,6 +85,9 @@ class Bench:
             self._next_id += 1
         self.front.inbox.append(wire.SubmitBatch(requests))
 
+    def _profiled(self, run: Callable[[], None], times: int) -> tuple[list[Kernel], float]:
+        return profiled(run, times, self._timeline)
+
     def abort(self) -> None:
         """End what runs."""
         self.front.inbox.append(wire.AbortRequests(list(range(self._next_id))))
@@ -93,13 +99,14 @@ class Bench:
         """A step of `rows` requests spread over so many adapters, `context` tokens in the middle of the measurement."""
         turns = 2 * WARM_STEPS + STEPS + PROFILED_STEPS
         versions = [1 + i % num_adapters if num_adapters else 0 for i in range(rows)]
-        self.submit(versions, context - turns // 2, 4 * turns)
+        self.submit(versions, context - WARM_STEPS - (STEPS + PROFILED_STEPS) // 2, 4 * turns)
         while len(self.scheduler.planner.running) < rows:
             self.scheduler.step()
         times = [_seconds(self.scheduler.step) for _ in range(WARM_STEPS + STEPS)][WARM_STEPS:]
-        kernels = profiled(self.scheduler.step, PROFILED_STEPS)
+        kernels, busy_us = self._profiled(self.scheduler.step, PROFILED_STEPS)
         self.abort()
-        return {"rows": rows, "adapters": num_adapters, "context": context, "step_us": 1e6 * np.mean(times)}, kernels
+        figures = {"rows": rows, "adapters": num_adapters, "context": context}
+        return figures | {"step_us": 1e6 * np.mean(times), "busy_us": busy_us}, kernels
 
     def prefill(self, tokens: int, num_adapters: int) -> tuple[dict[str, Any], list[Kernel]]:
         """A step of a prompt of so many tokens."""
@@ -112,8 +119,9 @@ class Bench:
                 self.scheduler.step()
 
         times = [_seconds(turn) for _ in range(6)][2:]
-        kernels = profiled(turn, 3)
-        return {"prompt": tokens, "adapters": num_adapters, "step_us": 1e6 * np.mean(times)}, kernels
+        kernels, busy_us = self._profiled(turn, 3)
+        figures = {"prompt": tokens, "adapters": num_adapters}
+        return figures | {"step_us": 1e6 * np.mean(times), "busy_us": busy_us}, kernels
 
 
 def _seconds(run: Callable[[], None]) -> float:
@@ -126,8 +134,12 @@ Kernel = tuple[str, float, float]
 """Name, launches a step, microseconds a step."""
 
 
-def profiled(run: Callable[[], None], times: int) -> list[Kernel]:
-    """What the device does in one `run`, the longest first."""
+def profiled(run: Callable[[], None], times: int, shown: int = 0) -> tuple[list[Kernel], float]:
+    """What the device does in one `run`, the longest first; microseconds in which it does anything at all.
+
+    Args:
+        shown: so many kernels out of the middle are printed in their order, with start and end.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     run()
@@ -137,11 +149,33 @@ def profiled(run: Callable[[], None], times: int) -> list[Kernel]:
             run()
         torch.cuda.synchronize()
     found: dict[str, list[float]] = defaultdict(list)
+    spans = []
     for event in trace.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type == CUDA:
             found[event.name].append(event.device_time)
+            spans.append((event.time_range.start, event.time_range.end))
+    if shown:
+        print_timeline(trace.events(), shown)
     rows = [(name, len(us) / times, sum(us) / times) for name, us in found.items()]
-    return sorted(rows, key=lambda row: -row[2])
+    return sorted(rows, key=lambda row: -row[2]), _covered(spans) / times
+
+
+def print_timeline(events: Any, shown: int) -> None:
+    """Kernels one after the other: start and end in microseconds, counted from the first that is shown."""
+    kernels = sorted((e for e in events if e.device_type == CUDA), key=lambda e: e.time_range.start)
+    kernels = kernels[len(kernels) // 2 :][:shown]
+    for event in kernels:
+        start, end = (t - kernels[0].time_range.start for t in (event.time_range.start, event.time_range.end))
+        print(f"    {start:9.2f} {end:9.2f} {end - start:8.2f}  {event.name[:90]}")
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
 
 
 def kind_of(kernel: str) -> str:
@@ -175,13 +209,16 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--prefill", type=int, nargs="*", default=[8192])
     parser.add_argument("--kernels", type=int, default=12, help="single kernels to print of each case")
+    parser.add_argument("--timeline", type=int, default=0, help="kernels to print in their order, of each case")
     parser.add_argument("--server-args", default="", help="more launch flags, as one string")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no GPU to profile")
     with torch.inference_mode():
-        bench = Bench(gpu_model.make(args.cache, args.model), max(args.adapters), args.server_args.split())
+        bench = Bench(
+            gpu_model.make(args.cache, args.model), max(args.adapters), args.server_args.split(), args.timeline
+        )
         for adapters in args.adapters:
             cases = [bench.decode(rows, adapters, args.context) for rows in args.rows]
             cases += [bench.prefill(tokens, adapters) for tokens in args.prefill]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sglang.srt.layers.attention.torch_native import TorchNativeAttention
 from sglang.srt.lora import lora_manager
-from sglang.srt.model_executor import cuda_graph
+from sglang.srt.model_executor import cuda_graph, setup
 from sglang.srt.model_executor.forward_context import StepShape
 from sglang.srt.model_executor.input_buffers import HOST_COPIES, PackedColumns
 from sglang.srt.ops import rope
@@ -128,11 +128,34 @@ def test_graphs_equal_operation_by_operation(
 def test_adapters_in_slabs_equal_peft(peft: PeftModels) -> None:
     adapters = [peft.add(**options) for options in ADAPTERS]
     results = load(make_bench(peft, (2, 12), adapters, len(adapters)), len(adapters), temperature=0.0)
+    assert_equal_to_peft(peft, adapters, results)
+
+
+def assert_equal_to_peft(peft: PeftModels, adapters: list[Any], results: dict[int, Result]) -> None:
     for req_id, result in results.items():
         version = req_id % (len(adapters) + 1)
         ids = prompt(3 + 5 * req_id % 37, req_id)
         want = peft.logprobs(ids + result.tokens, adapters[version - 1][0] if version else None)[len(ids) - 1 : -1]
         np.testing.assert_allclose(np.stack(result.output_table), want, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("tails", [2, len(ADAPTERS) + 1])
+def test_adapters_behind_the_weights_equal_peft(peft: PeftModels, monkeypatch: pytest.MonkeyPatch, tails: int) -> None:
+    """Steps of the first slots alone take the extended weights; the others find A in the slabs."""
+    monkeypatch.setattr(setup, "takes_slabs", lambda *_: True)
+    monkeypatch.setattr(setup, "tail_slots", lambda *_: tails)
+    monkeypatch.setattr(cuda_graph, "SKINNY_ROWS", 2)
+    adapters = [peft.add(**options) for options in ADAPTERS]
+    bench = make_bench(peft, (2, 4, 12), adapters, len(adapters))
+    assert bench.engine.lora is not None and bench.engine.lora.num_tails == tails
+    graphs = bench.engine.runner._graphs
+    assert graphs is not None
+    kinds: list[cuda_graph.Kind] = []
+    kind_of = graphs._kind
+    monkeypatch.setattr(graphs, "_kind", lambda *args: kinds.append(kind_of(*args)) or kinds[-1])
+    assert_equal_to_peft(peft, adapters, load(bench, len(adapters), temperature=0.0))
+    assert cuda_graph.Kind.ANY_SLOTS in kinds
+    assert (cuda_graph.Kind.FIRST_SLOTS in kinds) == (tails > len(ADAPTERS))
 
 
 def test_heads_of_the_compiled_kernels_width_equal_peft(peft: PeftModels, monkeypatch: pytest.MonkeyPatch) -> None:

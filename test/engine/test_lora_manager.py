@@ -75,7 +75,7 @@ def test_embedding_add_is_lora_add_of_one_hot_rows() -> None:
 def real_manager(path: Path, family: str = "qwen3") -> tuple[LoRAManager, DecoderForCausalLM]:
     make_checkpoint(family, path)
     model = load_model(load_model_config(str(path)), LoadSection(path=str(path), dtype="float32"), CPU)
-    return manager_of(lora_tensors(model), model.parameters), model
+    return manager_of(lora_tensors(model.weights), model.parameters), model
 
 
 def test_modules_land_at_their_rows_of_the_fused_parameters(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_numbers_beyond_the_models_dtype_are_refused(tmp_path: Path) -> None:
     a, b = factors(HIDDEN, HIDDEN)
     a[1, 3] = 1e5
     adapter = write_adapter(tmp_path / "a", {MODULE: (a, b, 1.0)})
-    with pytest.raises(ValueError, match=r"layer 0, o\[0\]: .* too large for float16"):
+    with pytest.raises(ValueError, match=rf"{MODULE} .* too large for float16"):
         manager_of(base(), {}, dtype="float16").stage(adapter)
     manager_of(base(), {}, dtype="bfloat16").stage(adapter)
 
@@ -281,14 +281,14 @@ def test_d5_versions_are_on_the_device_while_they_have_a_slot(tmp_path: Path) ->
     assert manager._slots is not None
     for version in (1, 2, 3):
         manager.commit(version, manager.stage(tiny_adapter(tmp_path / "a", version)))
-    assert manager.versions == {1, 2, 3} and manager._slots.versions == (0, 0)
+    assert manager.versions == set(manager._slots.versions) == {1, 2, 3}, "as many as there are rows, at once"
     manager.load((1, 0))
-    assert manager._slots.versions == (1, 0) and set(manager._slots.weights) == {1}
+    assert set(manager._slots.weights) == {1}
     manager.load((2, 3))
-    assert manager._slots.versions == (2, 3) and manager.versions == {1, 2, 3}
+    assert set(manager._slots.weights) == {2, 3} and manager.versions == {1, 2, 3}
     before = manager.nbytes
     assert manager.free(3) * 3 == before and manager.nbytes == before - before // 3
-    assert manager._slots.versions == (2, 0) and set(manager._slots.weights) == {2}
+    assert sorted(manager._slots.versions) == [0, 1, 2] and set(manager._slots.weights) == {2}
 
 
 def test_a_host_that_is_the_device_has_no_rows_and_slabs_of_the_adapters_rank(tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ def test_parameters_are_aligned_views_of_one_allocation(tmp_path: Path) -> None:
 def test_unknown_architecture_lists_the_supported_ones() -> None:
     from engine.test_ops import rope_config
 
-    from sglang.srt.models.registry import create_model
+    from sglang.srt.models.registry import model_class
 
     with pytest.raises(ConfigError, match=r"'Mamba'.*LlamaForCausalLM.*Qwen3ForCausalLM"):
-        create_model(rope_config(architecture="Mamba"), torch.float32, CPU)  # type: ignore[arg-type]
+        model_class(rope_config(architecture="Mamba"))  # type: ignore[arg-type]

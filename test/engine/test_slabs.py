@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import random
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,14 +22,16 @@ from sglang.srt.config.model_config import ModelConfig
 from sglang.srt.config.resolve import resolve
 from sglang.srt.config.sections import MAX_LORA_RANK, Config
 from sglang.srt.errors import ConfigError
+from sglang.srt.lora import adapter_copier
+from sglang.srt.lora.adapter_copier import AdapterCopier, AdapterFile
 from sglang.srt.lora.batch_info import group_rows
 from sglang.srt.lora.device_slots import DeviceSlots
 from sglang.srt.lora.lora_manager import BaseTensor, LoRAManager, matrices
 from sglang.srt.lora.weights import AdapterWeights, Factors
 from sglang.srt.model_executor.forward_context import ForwardContext, LoRABatch
-from sglang.srt.model_executor.setup import _create_lora, lora_tensors
+from sglang.srt.model_executor.setup import _create_lora, _slabs, lora_tensors
 from sglang.srt.models.decoder import DecoderForCausalLM
-from sglang.srt.ops.slabs import ModelSlabs, SlabPlace
+from sglang.srt.ops.slabs import LoraSlabs, ModelSlabs, SlabPlace
 from sglang.srt.server_args import ServerArgs
 
 Modules = dict[str, tuple[Tensor, Tensor, float]]
@@ -60,7 +65,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def slabs_of_model(model: DecoderForCausalLM, max_rank: int = 16) -> ModelSlabs:
-    shapes = {name: tensor.shape for name, tensor in matrices(lora_tensors(model)).items()}
+    shapes = {name: tensor.shape for name, tensor in matrices(lora_tensors(model.weights)).items()}
     return ModelSlabs(shapes, max_rank, "float32")
 
 
@@ -77,7 +82,7 @@ def test_the_layout_of_every_family_is_the_trainers(family: tuple[Any, DecoderFo
 
 def test_slices_of_a_site_are_the_rows_of_one_parameter(family: tuple[Any, DecoderForCausalLM]) -> None:
     _, model = family
-    slabs, tensors = slabs_of_model(model), matrices(lora_tensors(model))
+    slabs, tensors = slabs_of_model(model), matrices(lora_tensors(model.weights))
     rows: dict[tuple[int, str], list[tuple[str, int]]] = {}
     for name, place in sorted(slabs.places.items(), key=lambda item: item[1]):
         site = rows.setdefault((place.layer, place.group), [])
@@ -97,7 +102,7 @@ def test_a_staged_adapter_has_the_bytes_that_its_trainer_packs(
 ) -> None:
     """PEFT's state dict through peft_modules and pack_slab, and the same adapter through the server."""
     _, model = family
-    slabs, tensors = slabs_of_model(model), lora_tensors(model)
+    slabs, tensors = slabs_of_model(model), lora_tensors(model.weights)
     shapes = {name: tensor.shape for name, tensor in matrices(tensors).items() if name in slabs.places}
     ranks = {name: 6 for i, name in enumerate(shapes) if i % 3}
     modules = {name: (a, b, 4 / 6) for name, (a, b, _) in random_modules(ranks, 1, shapes).items()}  # type: ignore[arg-type]
@@ -162,8 +167,10 @@ class Rows:
         pack_slab(layout, peft_modules(layout, state, config), slab)
         return slab
 
-    def assert_row(self, row: int, version: int) -> None:
-        """It has the version's bytes, and the version's factors are views of it."""
+    def assert_row(self, version: int) -> None:
+        """One row has the version's bytes, and the version's factors are views of it."""
+        assert self.slots.versions.count(version) == 1
+        row = self.slots.versions.index(version)
         data = self.slots.slabs.data[row]
         assert np.array_equal(data.numpy(), self.packed(version))
         assert self.slots.slabs.ranks[row] == self.host[version].slab.rank
@@ -192,74 +199,137 @@ def test_a_row_has_the_bytes_of_pack_slab(rows: Rows) -> None:
     rows.stage(8, {UP1: 12})
     rows.slots.slabs.data.fill_(0xEE)
     rows.slots.load((8, 7), rows.host)
-    rows.assert_row(0, 8)
-    rows.assert_row(1, 7)
-    assert rows.slots.slabs.ranks.tolist() == [12, 9] and rows.slots.versions == (8, 7)
+    rows.assert_row(8)
+    rows.assert_row(7)
+    assert sorted(rows.slots.slabs.ranks.tolist()) == [0, 9, 12] and sorted(rows.slots.versions) == [0, 7, 8]
+
+
+@pytest.mark.parametrize("sent", DTYPES)
+@pytest.mark.parametrize("ranks", [{O0: 8, UP0: 8, UP1: 8, "lm_head": 8}, {O0: 8, UP1: 2}, {UP0: 5, "lm_head": 8}])
+def test_every_byte_of_a_slab_is_written(
+    rows: Rows, ranks: dict[str, int], sent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read as they are or cast, dense or not, whatever the memory held before, and whichever adapter came before."""
+    monkeypatch.setattr(AdapterCopier, "_empty", lambda _, nbytes: torch.full((nbytes,), 0xCD, dtype=torch.uint8))
+    monkeypatch.setattr(adapter_copier, "MAX_PARTS", 3)
+    for version, chosen in enumerate((ranks, ranks, {O0: 3}, ranks), start=1):
+        modules = random_modules(chosen, version)
+        rows.modules[version] = {
+            name: (a.to(DTYPES[sent]), b.to(DTYPES[sent]), scale) for name, (a, b, scale) in modules.items()
+        }
+        rows.host[version] = rows.manager.stage(write_adapter(rows.path / "adapter", rows.modules[version]))
+        assert np.array_equal(rows.host[version].slab.data.numpy(), rows.packed(version))
+        if "lm_head" in chosen:
+            (head,) = rows.host[version].factors["lm_head"]
+            a, b, _ = rows.modules[version]["lm_head"]
+            assert torch.equal(head.a, a.to(rows.model.dtype)) and torch.equal(head.b, b.to(rows.model.dtype))
+
+
+def test_a_file_that_became_shorter_is_an_error(tmp_path: Path) -> None:
+    rows = Rows(tmp_path)
+    rows.modules[1] = random_modules(dict.fromkeys(SHAPES, 8), 1)
+    adapter = write_adapter(tmp_path / "a", rows.modules[1])
+    with AdapterFile(adapter) as file:
+        os.truncate(tmp_path / "a", adapter.nbytes // 2)
+        with pytest.raises(ValueError, match="ends at byte"):
+            rows.manager._copier.copy(adapter, file)
 
 
 def test_modules_that_an_adapter_lacks_have_rank_zero(rows: Rows) -> None:
     """Also where the row's last adapter had them."""
-    rows.stage(1, dict.fromkeys(SHAPES, 12))
+    for version in (1, 3, 4):
+        rows.stage(version, dict.fromkeys(SHAPES, 12))
     rows.stage(2, {UP1: 2})
-    rows.slots.load((1, 0), rows.host)
-    rows.slots.load((2, 0), rows.host)
-    rows.assert_row(0, 2)
-    (module,) = unpack_slab(rows.model.layout, rows.slots.slabs.data[0].numpy())
+    rows.slots.load((1, 3), rows.host)
+    rows.slots.load((4, 3), rows.host)
+    rows.slots.load((2, 3), rows.host)
+    rows.assert_row(2)
+    data = rows.slots.slabs.data[rows.slots.versions.index(2)]
+    (module,) = unpack_slab(rows.model.layout, data.numpy())
     assert (module.layer, module.group, module.slice_index, len(module.a)) == (1, "gate_up", 1, 2)
     assert list(rows.slots.weights[2].factors) == [UP1]
 
 
 def test_an_adapter_of_the_head_alone_empties_its_row(rows: Rows) -> None:
-    rows.stage(1, {O0: 4})
+    for version in (1, 3, 4):
+        rows.stage(version, {O0: 4})
     rows.stage(2, {"lm_head": 4})
-    rows.slots.load((0, 1), rows.host)
-    rows.slots.load((0, 2), rows.host)
-    assert not rows.slots.slabs.data[1].any() and rows.slots.slabs.ranks.tolist() == [0, 0]
+    rows.slots.load((1, 3), rows.host)
+    rows.slots.load((4, 3), rows.host)
+    rows.slots.load((2, 3), rows.host)
+    row = rows.slots.versions.index(2)
+    assert not rows.slots.slabs.data[row].any() and rows.slots.slabs.ranks[row] == 0
     assert rows.host[2].slab.data.nbytes == 0 and rows.host[2].nbytes == rows.host[2].rest.nbytes > 0
-    rows.assert_row(1, 2)
+    rows.assert_row(2)
 
 
-def test_a_row_is_written_only_for_a_version_that_it_does_not_hold(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = []
-    commit = type(rows.slots.slabs).commit
-    monkeypatch.setattr(
-        type(rows.slots.slabs), "commit", lambda self, row, *args: (written.append(row), commit(self, row, *args))
-    )
-    for version in (1, 2, 3):
+def written_versions(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the version of every row that is written."""
+    written: list[int] = []
+    fill = DeviceSlots._fill
+    monkeypatch.setattr(DeviceSlots, "_fill", lambda self, i, v, w: (written.append(v), fill(self, i, v, w))[1])
+    return written
+
+
+def test_a_row_is_written_only_for_a_version_that_none_holds(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = written_versions(rows, monkeypatch)
+    for version in (1, 2, 3, 4):
         rows.stage(version, {O0: version, UP1: 4})
 
     def load(*slots: int) -> list[int]:
         written.clear()
         rows.slots.load(slots, rows.host)
-        for row, version in enumerate(slots):
+        for version in slots:
             if version in rows.host:
-                rows.assert_row(row, version)
+                rows.assert_row(version)
         return written
 
-    assert load(1, 2) == [0, 1]
+    assert load(1, 2) == [1, 2]
     assert load(1, 2) == []
-    assert load(3, 2) == [0]
+    assert load(3, 2) == [3]
     assert load(0, 2) == [] and set(rows.slots.weights) == {2}, "a row keeps what it holds"
     assert load(3, 2) == []
-    assert load(2, 3) == [0, 1], "a version moves with its slot"
-    assert load(2, 9) == [], "nobody knows version 9"
-    with pytest.raises(AssertionError, match="3 slots, 2 rows"):
+    assert load(2, 3) == [], "a version stays in its row when its slot is another"
+    assert load(1, 3) == [], "the spare row, too, keeps what it holds"
+    assert load(4, 1) == [4]
+    assert load(2, 9) == [2], "nobody knows version 9"
+    with pytest.raises(AssertionError, match="3 slots, 3 rows"):
         load(1, 2, 3)
+
+
+def test_a_version_is_brought_before_it_has_a_slot(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = written_versions(rows, monkeypatch)
+    for version in range(1, 6):
+        rows.stage(version, {O0: version, UP1: 4})
+    rows.slots.load((1, 2), rows.host)
+    before = {version: rows.slots.versions.index(version) for version in (1, 2)}
+    for newest in (3, 4):
+        rows.slots.prefetch(newest, rows.host[newest])
+        assert {version: rows.slots.versions.index(version) for version in (1, 2)} == before, "slots keep their rows"
+        assert set(rows.slots.weights) == {1, 2}
+    written.clear()
+    rows.slots.load((1, 4), rows.host)
+    assert not written
+    rows.assert_row(1)
+    rows.assert_row(4)
+    rows.slots.load((1, 3), rows.host)
+    assert written == [3], "version 4 had taken its row"
+    rows.assert_row(3)
 
 
 def test_a_freed_version_may_come_back_with_other_bytes(rows: Rows) -> None:
     rows.stage(1, {O0: 4})
     rows.stage(2, {O0: 5})
     rows.slots.load((1, 2), rows.host)
-    before = rows.slots.slabs.data.clone()
+    row, before = rows.slots.versions.index(1), rows.slots.slabs.data.clone()
     rows.slots.forget(1)
-    assert torch.equal(rows.slots.slabs.data, before) and rows.slots.versions == (0, 2)
+    assert torch.equal(rows.slots.slabs.data, before) and sorted(rows.slots.versions) == [0, 0, 2]
     assert set(rows.slots.weights) == {2}
     rows.stage(1, {O0: 4}, seed=99)
     rows.slots.load((1, 2), rows.host)
-    rows.assert_row(0, 1)
-    rows.assert_row(1, 2)
-    assert not torch.equal(rows.slots.slabs.data[0], before[0])
+    rows.assert_row(1)
+    rows.assert_row(2)
+    assert not torch.equal(rows.slots.slabs.data[rows.slots.versions.index(1)], before[row])
 
 
 def test_more_versions_than_slots_take_turns(rows: Rows) -> None:
@@ -268,11 +338,116 @@ def test_more_versions_than_slots_take_turns(rows: Rows) -> None:
         rows.stage(version, {name: int(rng.integers(1, 13)) for name in rng.choice([O0, UP0, UP1, "lm_head"], 2)})
     for _ in range(40):
         slots = tuple(rng.permutation(8)[:2].tolist())
+        if rng.random() < 0.3:
+            newest = int(rng.integers(1, 8))
+            if newest not in rows.slots.versions:
+                rows.slots.prefetch(newest, rows.host[newest])
         rows.slots.load(slots, rows.host)
-        for row, version in enumerate(slots):
+        for version in slots:
             if version:
-                rows.assert_row(row, version)
+                rows.assert_row(version)
         assert set(rows.slots.weights) == set(slots) - {0}
+
+
+class FakeDevice:
+    """An UploadStream: two queues whose work is done late, in any order that the marks between them allow.
+
+    `steps` is the current queue, `uploads` the other one; an entry is (marks it waits for, work), and a mark is
+    (queue, number of entries in front of it).
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.queues: dict[str, list[tuple[list[tuple[str, int]], Callable[[], None]]]] = {"steps": [], "uploads": []}
+        self.done = {"steps": 0, "uploads": 0}
+        self.copies: list[Callable[[], None]] = []
+        self._pending: list[tuple[str, int]] = []
+        self._random = random.Random(seed)
+
+    def queue(self, work: Callable[[], None]) -> object:
+        """See UploadStream."""
+        work()
+        copies, self.copies = self.copies, []
+        self.queues["uploads"].append(([("steps", len(self.queues["steps"]))], lambda: [copy() for copy in copies]))
+        return "uploads", len(self.queues["uploads"])
+
+    def wait(self, mark: Any) -> None:
+        """See UploadStream."""
+        self._pending.append(mark)
+
+    def step(self, work: Callable[[], None]) -> None:
+        """Queue a step."""
+        self.queues["steps"].append((self._pending, work))
+        self._pending = []
+
+    def run(self, most: int) -> None:
+        """Do up to so many pieces."""
+        for _ in range(most):
+            ready = [name for name, queue in self.queues.items() if self._is_ready(name, queue)]
+            if not ready:
+                return
+            name = self._random.choice(ready)
+            self.queues[name][self.done[name]][1]()
+            self.done[name] += 1
+
+    def _is_ready(self, name: str, queue: list[Any]) -> bool:
+        return self.done[name] < len(queue) and all(self.done[q] >= n for q, n in queue[self.done[name]][0])
+
+
+class LateSlabs(LoraSlabs):
+    """Slabs that are written when the device comes to it."""
+
+    __slots__ = ("device",)
+
+    def commit(self, slot: int, slab: Tensor, rank: int | None = None) -> None:
+        """See LoraSlabs."""
+        assert rank is not None
+        self.ranks[slot] = rank
+        self.device.copies.append(lambda: self.data[slot].copy_(slab))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_no_step_reads_a_row_while_it_is_written(seed: int, tmp_path: Path) -> None:
+    """Versions come, take slots and are freed while steps and uploads lag behind in every order that is allowed.
+
+    Words of a step name rows when it is queued; its adapters must be in these rows when it runs, however late.
+    """
+    rng, device, rows = random.Random(seed), FakeDevice(seed), Rows(tmp_path)
+    rows.slots = DeviceSlots(rows.model.layout, 2, CPU, stream=device)
+    rows.slots.slabs = LateSlabs(rows.slots.slabs.data, rows.model.layout)
+    object.__setattr__(rows.slots.slabs, "device", device)
+    slots, versions, read = [0, 0], 0, 0
+
+    def step() -> None:
+        rows.slots.load(slots, rows.host)
+        places = {version: rows.slots.versions.index(version) for version in slots if version}
+        expected = {row: rows.packed(version) for version, row in places.items()}
+
+        def check() -> None:
+            nonlocal read
+            for row, slab in expected.items():
+                assert np.array_equal(rows.slots.slabs.data[row].numpy(), slab)
+                read += 1
+
+        device.step(check)
+
+    for _ in range(60):
+        event = rng.random()
+        if event < 0.3 and len(rows.host) < 5:
+            versions += 1
+            rows.stage(versions, {O0: rng.randint(1, 12), UP1: rng.randint(1, 12)})
+            rows.slots.prefetch(versions, rows.host[versions])
+        elif event < 0.4 and (idle := [v for v in rows.host if v not in slots]):
+            freed = rng.choice(idle)
+            rows.slots.forget(freed)
+            del rows.host[freed]
+        elif event < 0.6 and (others := [v for v in rows.host if v not in slots]):
+            slots[rng.randrange(2)] = rng.choice(others)
+        else:
+            step()
+        device.run(rng.choice([0, 0, 1, 3]))
+    step()
+    device.run(1000)
+    assert device.done == {name: len(queue) for name, queue in device.queues.items()} and read
 
 
 # ---- logits --------------------------------------------------------------------------------------------------------
@@ -318,7 +493,7 @@ class Adapted:
 def test_logits_with_slabs_are_those_with_plain_factors(family: tuple[Any, DecoderForCausalLM], tmp_path: Path) -> None:
     """Bit for bit: from the host's slabs, of each adapter's rank, and from the rows of a device."""
     _, model = family
-    tensors, slabs = lora_tensors(model), slabs_of_model(model)
+    tensors, slabs = lora_tensors(model.weights), slabs_of_model(model)
     bases = matrices(tensors)
     shapes: dict[str, Any] = {name: base.shape for name, base in bases.items() if name != "model.embed_tokens"}
     host, device = (LoRAManager(tensors, model.parameters, slabs, 3, torch.device(d)) for d in ("cpu", "meta"))
@@ -349,17 +524,16 @@ def test_slots_must_fit_the_device(tmp_path: Path) -> None:
     model = load_ours(tmp_path).model
     config = engine_config(tmp_path, max_lora_rank=16, max_loras_per_batch=3)
     platform: Any = SimpleNamespace(device=torch.device("meta"), available_memory=lambda: 1 << 20)
-    manager = _create_lora(config, model, platform)
-    assert manager._slots is not None and manager._slots.slabs.num_slots == 3
+    manager = _create_lora(config, model, _slabs(config), platform)
+    assert manager._slots is not None and manager._slots.slabs.num_slots == 4
     assert manager._slots.slabs.layout == slabs_of_model(model).layout
-    platform.available_memory = lambda: 3 * slabs_of_model(model).layout.slab_bytes - 1
-    with pytest.raises(ConfigError, match=r"3 adapter slots of rank 16 need .* lower --max-lora-rank or --max-loras"):
-        _create_lora(config, model, platform)
+    platform.available_memory = lambda: 4 * slabs_of_model(model).layout.slab_bytes - 1
+    with pytest.raises(ConfigError, match=r"3 adapter slots of rank 16 and a spare .* lower --max-lora-rank"):
+        _create_lora(config, model, _slabs(config), platform)
 
 
 def test_a_model_that_no_slab_is_made_for_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FAMILIES, "odd", ("Llama", {"intermediate_size": 100}))
     save_family("odd", tmp_path)
-    platform: Any = SimpleNamespace(device=CPU)
     with pytest.raises(ConfigError, match="in_features is 100; .* leave out --enable-lora"):
-        _create_lora(engine_config(tmp_path), load_ours(tmp_path).model, platform)
+        _slabs(engine_config(tmp_path))

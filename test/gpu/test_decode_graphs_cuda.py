@@ -12,6 +12,8 @@ from engine.lora_parity_bench import prompt
 from engine.parity_bench import VOCAB, RealBench, Result, make_checkpoint
 from engine.peft_models import PeftModels
 
+from sglang.srt.model_executor import setup
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 ADAPTERS: list[dict[str, Any]] = [{}, {"r": 16}, {"target_modules": ["q_proj", "down_proj"]}, {"r": 3}]
@@ -71,7 +73,18 @@ def test_graphs_equal_operation_by_operation(served: Served, count: int, version
 
 def test_adapters_equal_peft(served: Served) -> None:
     """Mean |dlogp| over every token of the vocabulary stays within bfloat16's noise."""
-    results = run(served.bench(), 20, len(ADAPTERS), temperature=0.0)
+    assert_equal_to_peft(served, run(served.bench(), 20, len(ADAPTERS), temperature=0.0))
+
+
+@pytest.mark.parametrize("tails", [2, len(ADAPTERS) + 1])
+def test_adapters_behind_the_weights_equal_peft(served: Served, monkeypatch: pytest.MonkeyPatch, tails: int) -> None:
+    monkeypatch.setattr(setup, "tail_slots", lambda *_: tails)
+    bench = served.bench()
+    assert bench.engine.lora is not None and bench.engine.lora.num_tails == tails
+    assert_equal_to_peft(served, run(bench, 24, len(ADAPTERS), temperature=0.0))
+
+
+def assert_equal_to_peft(served: Served, results: dict[int, Result]) -> None:
     for req_id, result in results.items():
         version = req_id % (len(ADAPTERS) + 1)
         name = served.adapters[version - 1][0] if version else None

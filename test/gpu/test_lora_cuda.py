@@ -38,7 +38,7 @@ def test_e15_base_rows_keep_every_bit(tmp_path: Path) -> None:
 
 
 def test_rows_have_the_bytes_of_the_hosts_slabs(tmp_path: Path) -> None:
-    """After versions have taken turns in two slots; the host's copies are page-locked."""
+    """After versions have taken turns in two slots and three rows; the host's copies are page-locked."""
     peft = PeftModels(make_checkpoint("qwen3", tmp_path), tmp_path)
     bench = RealBench(tmp_path, lora_slots=2, device="cuda", dtype="bfloat16", mem_fraction_static=0.2)
     lora = bench.engine.lora
@@ -48,8 +48,9 @@ def test_rows_have_the_bytes_of_the_hosts_slabs(tmp_path: Path) -> None:
         bench.submit(version, prompt(9, version), 3 + version, score_prompt=False, version_id=version)
         bench.step(version % 2)
     bench.run()
+    torch.cuda.synchronize()
     held = lora._slots.versions
-    assert held == tuple(bench.planner.lora_slots.versions) and bench.planner.lora_slots.num_evictions >= 2
+    assert set(bench.planner.lora_slots.versions) <= set(held) and bench.planner.lora_slots.num_evictions >= 2
     for row, version in enumerate(held):
         slab = lora._host[version].slab
         assert slab.data.is_pinned() and torch.equal(lora._slots.slabs.data[row].cpu(), slab.data)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sgl_kernel.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from sgl_kernel._binding import launches_early as launches_early
     from sgl_kernel._binding import programmatic_launch as programmatic_launch
     from sgl_kernel.linear import LoraLinear as LoraLinear
     from sgl_kernel.linear import lora_linear as lora_linear
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from sgl_kernel.types import pinned_words as pinned_words
 
 _HOMES = {
-    "_binding": "programmatic_launch",
+    "_binding": "launches_early programmatic_launch",
     "linear": "LoraLinear lora_linear",
     "lora": (
         "BatchShape LoraGroup LoraLayout LoraModule LoraSite build_batch decoder_groups pack_slab peft_modules "
@@ -65,6 +66,7 @@ __all__ = [
     "build_batch",
     "decoder_groups",
     "fused_add_rmsnorm",
+    "launches_early",
     "lora_expand_add_",
     "lora_linear",
     "lora_shrink",

@@ -80,6 +80,13 @@ def programmatic_launch() -> Iterator[None]:
         _overlap = before
 
 
+def launches_early(device: torch.device) -> bool:
+    """Whether kernels launched now, on this device, start as `programmatic_launch` says: for kernels of others."""
+    if not _overlap or device.type != "cuda" or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 @functools.cache
 def _shape(words: tuple[int, ...]) -> Any:
     import tvm_ffi

@@ -179,8 +179,8 @@ class LoraDelta:
     Attributes:
         u: [T, columns], bf16 on a GPU, the activations' dtype elsewhere; adjacent columns, any row stride.
         slabs, site, batch: whose B is to be applied to which rows.
-        u_slot_stride: 0 when u is what shrink writes; site.u_width when u of every slot lies side by side, as when the
-            rows of every A are the last rows of the projection's weight.
+        u_slot_stride: 0 when u is what shrink writes; site.u_width when u of the first slots lies side by side, as when
+            the rows of their A are the last rows of the projection's weight; no row has an adapter of another slot then.
 
     Raises:
         TypeError, ValueError: u has another dtype, shape, stride or device.
@@ -201,10 +201,11 @@ class LoraDelta:
                 f"u_slot_stride is {self.u_slot_stride}; it must be 0 or the site's u_width {site.u_width}"
             )
         slots = self.slabs.data.shape[0] if self.u_slot_stride else 1
-        if u.ndim != 2 or u.shape[1] != slots * site.u_width or u.stride(1) != 1:
+        widths = range(site.u_width, slots * site.u_width + 1, site.u_width)
+        if u.ndim != 2 or u.shape[1] not in widths or u.stride(1) != 1:
             raise ValueError(
-                f"u has shape {list(u.shape)}, strides {u.stride()}; it must be [T, {slots * site.u_width}] with "
-                "adjacent columns"
+                f"u has shape {list(u.shape)}, strides {u.stride()}; it must have adjacent columns, {site.u_width} of "
+                f"them for each of 1 to {slots} slots"
             )
         if u.device != self.slabs.data.device or u.device != self.batch.words.device:
             raise ValueError(

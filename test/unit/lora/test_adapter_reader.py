@@ -34,7 +34,7 @@ from unit.lora.test_tensor_unpickler import flat, metadata
 from unit.lora.torch_pickles import Text, dump, name, tensor, value
 
 from sglang.srt.errors import AdapterError
-from sglang.srt.lora import adapter_reader
+from sglang.srt.lora import adapter_image, adapter_reader, host_buffer
 from sglang.srt.lora.adapter import Adapter
 
 PREFIX = "base_model.model."
@@ -129,6 +129,46 @@ def test_every_route_and_order_gives_the_same_digest(tmp_path):
     for read in reads[1:]:
         first, again = by_module(reads[0]) if read is reads[-1] else None, by_module(read)
         assert first is None or all(np.array_equal(first[m][1], again[m][1]) for m in again)
+
+
+@pytest.mark.parametrize("leaf", [64, 100, 4 << 20])
+def test_fused_names_give_the_digest_of_their_parts(leaf, monkeypatch):
+    """A is sent once and is in the image once for each part; pieces of tensors are in several leaves."""
+    monkeypatch.setattr(adapter_image, "LEAF_BYTES", leaf)
+    gate, up, fused = (f"model.layers.0.mlp.{name}" for name in ("gate_proj", "up_proj", "gate_up_proj"))
+    parts = factors(gate, up)
+    shared = parts[f"{PREFIX}{gate}.lora_A.weight"]
+    parts[f"{PREFIX}{up}.lora_A.weight"] = shared
+    b = np.concatenate([parts[f"{PREFIX}{name}.lora_B.weight"] for name in (gate, up)])
+    whole = {f"{PREFIX}{fused}.lora_A.weight": shared, f"{PREFIX}{fused}.lora_B.weight": b}
+    sums = {key: hashlib.sha256(entry.tobytes()).hexdigest() for key, entry in whole.items()}
+    config = minimal_config("gate_proj", "up_proj")
+    reads = [
+        read_image(parts, config),
+        read_image(whole, config),
+        reader().read_tensors(config, b64(dump({key: tensor(entry) for key, entry in whole.items()})), None, sums),
+    ]
+    assert len({read.digest for read in reads}) == 1 and [read.num_tensors for read in reads] == [4, 2, 2]
+    first, *others = (by_module(read) for read in reads)
+    assert all(np.array_equal(first[m][i], other[m][i]) for other in others for m in (gate, up) for i in (1, 2))
+    whole[f"{PREFIX}{fused}.lora_B.weight"] = np.where(b == b[-1, -1], np.inf, b)
+    assert f"{fused}.lora_B.weight has NaN" in refusal(whole, config)
+
+
+def test_versions_of_one_shape_share_a_buffer_and_nothing_else(tmp_path):
+    """What a buffer held before, and where the last adapter's tensors were, says nothing about the next one."""
+    one = reader()
+    odd = {key: entry[:3] if "_A" in key else entry[:, :3] for key, entry in factors(Q0, K0).items()}
+    configs = {3: minimal_config("q_proj", "k_proj", r=3), RANK: minimal_config("q_proj", "k_proj")}
+    sent = [(3, odd), (RANK, factors(Q0, K0)), (3, {k: -v for k, v in odd.items()}), (3, odd), (RANK, factors(K0, Q0))]
+    for rank, tensors in sent:
+        read = one.read_tensors(configs[rank], save(tensors), "safetensors")
+        alone = reader().read_tensors(configs[rank], save(tensors), "safetensors")
+        assert read.digest == alone.digest and read.adapter.modules == alone.adapter.modules
+        assert np.array_equal(read.buffer.view, alone.buffer.view)
+        read.buffer.view[:] = 0xFF
+        read.close()
+        alone.close()
 
 
 def test_digests_differ_with_scale_values_names_and_dtype():
@@ -340,7 +380,7 @@ def test_c20_nan_and_infinity_in_bfloat16(bits):
 
 
 def test_c20_the_last_slice_is_checked(monkeypatch):
-    monkeypatch.setattr(adapter_reader, "_SLICE", 5)
+    monkeypatch.setattr(adapter_image, "LEAF_BYTES", 64)
     tensors = factors()
     by_module(read_image(tensors))
     tensors[f"{PREFIX}{Q0}.lora_A.weight"][-1, -1] = np.nan
@@ -663,7 +703,7 @@ def test_h10_no_memory_is_an_answer(monkeypatch):
     def full(_: int) -> None:
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr(adapter_reader, "HostBuffer", full)
+    monkeypatch.setattr(host_buffer, "HostBuffer", full)
     with pytest.raises(AdapterError, match="no memory") as caught:
         read_image(factors())
     assert caught.value.code == "capacity"

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sglang.srt.lora.host_buffer import HostBuffer
+from sglang.srt.lora import host_buffer
+from sglang.srt.lora.host_buffer import HostBuffer, HostBuffers
 
 
 def test_starts_as_zeros_and_is_writable():
@@ -75,3 +76,28 @@ def test_without_memfd_a_temporary_file_goes_with_close(monkeypatch, tmp_path):
 def test_no_bytes_are_refused():
     with pytest.raises(ValueError, match="0 bytes"):
         HostBuffer(0)
+
+
+def test_the_buffer_given_back_last_is_the_next_of_its_size():
+    buffers = HostBuffers()
+    first, second = buffers.take(100), buffers.take(100)
+    first.view[:] = 7
+    buffers.give_back(first)
+    again = buffers.take(100)
+    assert again is first and again.view.tolist() == [7] * 100 and Path(again.path).stat().st_size == 100
+    buffers.give_back(first)
+    buffers.give_back(second)
+    with pytest.raises(ValueError, match="closed"):
+        _ = first.view
+    assert buffers.take(99) is not second and buffers.take(100) is second
+
+
+def test_a_buffer_larger_than_the_limit_is_not_kept(monkeypatch):
+    monkeypatch.setattr(host_buffer, "MAX_SPARE_BYTES", 10)
+    buffers = HostBuffers()
+    small, large = buffers.take(10), buffers.take(11)
+    buffers.give_back(small)
+    buffers.give_back(large)
+    for closed in (small, large):
+        with pytest.raises(ValueError, match="closed"):
+            _ = closed.view

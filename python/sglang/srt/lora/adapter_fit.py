@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sglang.srt.config.sections import MAX_LORA_RANK, LoRASection
-from sglang.srt.lora.adapter import AdapterModule, Span
 from sglang.srt.lora.adapter_config import AdapterConfig
 from sglang.srt.lora.problems import raise_all
-from sglang.srt.lora.safetensors_bytes import ITEM_BYTES, TensorEntry
+from sglang.srt.lora.safetensors_bytes import TensorEntry
 from sglang.srt.lora.target_modules import (
     EMBEDDING,
     HEAD,
@@ -35,12 +34,6 @@ class PlannedModule:
     b: str
     first_row: int
     rows: int
-
-    def made(self, spans: Mapping[str, Span]) -> AdapterModule:
-        """The same with places instead of names."""
-        b = spans[self.b]
-        offset = b.offset + self.first_row * self.rank * ITEM_BYTES[b.dtype]
-        return AdapterModule(self.name, self.scale, spans[self.a], Span(b.dtype, (self.rows, self.rank), offset))
 
 
 @dataclass(frozen=True, slots=True)

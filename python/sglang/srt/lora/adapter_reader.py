@@ -1,18 +1,18 @@
 """Turns what a client sends, a directory or tensors in a request, into an `Adapter` that fits the model.
 
-Called by the adapter service in a worker thread; holds nothing between calls. Names, shapes and ranks are checked on
-the headers, before memory is taken; then every tensor is read once, straight into the buffer that the back will map.
+Called by the adapter service in a worker thread. Names, shapes and ranks are checked on the headers, before memory is
+taken; then every tensor is read once, straight into the buffer that the back will read. Between calls it holds what
+versions of one policy share: where their tensors go, and the buffer of the last one.
 Invariants: what comes out needs no further check; the files are never read again; a call that fails leaves nothing; all
 problems of one stage are in one message.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from sglang.srt.config.model_config import ModelConfig
 from sglang.srt.config.sections import LoRASection
 from sglang.srt.errors import AdapterError
-from sglang.srt.lora.adapter import Adapter, DType, Span
+from sglang.srt.lora.adapter import Adapter
 from sglang.srt.lora.adapter_config import AdapterConfig, parse_adapter_config
 from sglang.srt.lora.adapter_fit import AdapterFit
+from sglang.srt.lora.adapter_image import AdapterImage, lay_out
 from sglang.srt.lora.adapter_source import (
     ADDED_TOKENS_FILE,
     CONFIG_FILE,
@@ -36,9 +37,9 @@ from sglang.srt.lora.adapter_source import (
     TensorSource,
     decode_payload,
 )
-from sglang.srt.lora.host_buffer import HostBuffer
+from sglang.srt.lora.host_buffer import HostBuffer, HostBuffers
 from sglang.srt.lora.problems import MAX_LISTED, invalid, raise_all
-from sglang.srt.lora.safetensors_bytes import ITEM_BYTES, TensorEntry, looks_like_safetensors
+from sglang.srt.lora.safetensors_bytes import TensorEntry, looks_like_safetensors
 from sglang.srt.lora.target_modules import module_shapes
 from sglang.srt.lora.tensor_unpickler import unpickle_tensors
 
@@ -46,12 +47,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_BYTES = 8 << 30
 """Most bytes of tensors an adapter may have."""
-
-_ALIGNMENT = 64
-_SLICE = 1 << 20
-"""Elements that are checked for NaN at once."""
-_EXPONENTS: dict[DType, int] = {"float32": 0x7F80_0000, "float16": 0x7C00, "bfloat16": 0x7F80}
-"""Bits that are all set in NaN and infinities, and in no other number."""
+MAX_THREADS = 16
 
 
 @dataclass
@@ -59,7 +55,7 @@ class ReadAdapter:
     """A validated adapter and the memory it lies in.
 
     Attributes:
-        digest: SHA-256 of its content: equal for equal modules, whatever route and order they came by.
+        digest: of its content, in SHA-256: equal for equal modules, whatever route and order they came by.
         num_tensors: tensors the client sent.
         nbytes: size of the buffer.
     """
@@ -68,12 +64,24 @@ class ReadAdapter:
     buffer: HostBuffer
     digest: str
     num_tensors: int
-    nbytes: int
-    max_rank: int
+    buffers: HostBuffers
+    closed: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """See the class."""
+        return self.adapter.nbytes
+
+    @property
+    def max_rank(self) -> int:
+        """Largest rank of its modules."""
+        return self.adapter.max_rank
 
     def close(self) -> None:
-        """Give the memory back; safe to call twice."""
-        self.buffer.close()
+        """Give the memory back: the back has copied it, or will not. Safe to call twice."""
+        if not self.closed:
+            self.closed = True
+            self.buffers.give_back(self.buffer)
 
 
 class AdapterReader:
@@ -90,6 +98,10 @@ class AdapterReader:
         self._vocab_size = model.vocab_size
         self._shapes = module_shapes(model)
         self._max_bytes = DEFAULT_MAX_BYTES if max_bytes is None else max_bytes
+        self._buffers = HostBuffers()
+        # Its threads never wait for a file: one that hangs must not take them from other loads.
+        self._pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="examine-adapter")
+        self._last: tuple[AdapterConfig | None, Mapping[str, TensorEntry], AdapterImage | None] = None, {}, None
 
     def read_directory(self, path: str) -> ReadAdapter:
         """Read adapter_config.json and adapter_model.safetensors.
@@ -146,21 +158,35 @@ class AdapterReader:
         self, config: AdapterConfig, source: TensorSource, checksums: Mapping[str, str] | None = None
     ) -> ReadAdapter:
         self._check_base(config)
-        plan = AdapterFit(self._shapes, self._lora, config, source.entries).plan()
-        spans, size = _lay_out(source.entries, self._max_bytes)
-        buffer = _allocate(size)
+        image = self._image(config, source.entries)
+        buffer = self._take(image.nbytes)
         try:
-            for name, span in spans.items():
-                source.read_into(name, _bytes_of(buffer, span, source.entries[name].nbytes))
+            image.fill(source, buffer.view)
             source.finish()
-            raise_all(_content_problems(buffer, spans, source.entries, checksums))
-            modules = tuple(module.made(spans) for module in plan.modules)
-            copies = tuple((name, spans[tensor]) for name, tensor in plan.base_copies)
-            adapter = Adapter(buffer.path, buffer.nbytes, modules, copies)
-            return ReadAdapter(adapter, buffer, _digest(adapter, buffer), len(spans), size, adapter.max_rank)
+            digest, finite = image.examine(buffer.view, self._pool)
+            raise_all(_content_problems(image, buffer.view, finite, checksums))
         except BaseException:
             buffer.close()
             raise
+        adapter = Adapter(buffer.path, image.nbytes, image.modules, image.base_copies)
+        return ReadAdapter(adapter, buffer, digest, len(image.pieces), self._buffers)
+
+    def _image(self, config: AdapterConfig, entries: Mapping[str, TensorEntry]) -> AdapterImage:
+        """What to make of tensors of these names and shapes: mostly the same as of the last ones."""
+        known_config, known_entries, image = self._last
+        if image is None or known_config != config or known_entries != entries:
+            plan = AdapterFit(self._shapes, self._lora, config, entries).plan()
+            image = lay_out(plan, entries)
+            self._last = config, entries, image
+        if image.nbytes > self._max_bytes:
+            raise invalid(f"{image.nbytes} bytes of tensors exceed this server's limit of {self._max_bytes}")
+        return image
+
+    def _take(self, size: int) -> HostBuffer:
+        try:
+            return self._buffers.take(size)
+        except OSError as error:
+            raise AdapterError("capacity", f"there is no memory for {size} bytes of adapter: {error}") from error
 
     def _check_added_tokens(self, tokens: Mapping[str, Any]) -> None:
         """Files copied from the base list its own tokens: only ids beyond the vocabulary are added ones."""
@@ -192,66 +218,18 @@ def _is_same_model(name: str, path: str) -> bool:
     return last in parts or f"models--{wanted.replace('/', '--')}" in parts
 
 
-def _lay_out(entries: Mapping[str, TensorEntry], max_bytes: int) -> tuple[dict[str, Span], int]:
-    """A place for every tensor (all of two dimensions), in order, and the bytes they take together."""
-    spans, end = {}, 0
-    for name, entry in entries.items():
-        spans[name] = Span(entry.dtype, (entry.shape[0], entry.shape[1]), end)
-        end += -(-entry.nbytes // _ALIGNMENT) * _ALIGNMENT
-    if end > max_bytes:
-        raise invalid(f"{end} bytes of tensors exceed this server's limit of {max_bytes}")
-    return spans, end
-
-
-def _allocate(size: int) -> HostBuffer:
-    try:
-        return HostBuffer(size)
-    except OSError as error:
-        raise AdapterError("capacity", f"there is no memory for {size} bytes of adapter: {error}") from error
-
-
-def _bytes_of(buffer: HostBuffer, span: Span, nbytes: int) -> NDArray[np.uint8]:
-    return buffer.view[span.offset : span.offset + nbytes]
-
-
 def _content_problems(
-    buffer: HostBuffer,
-    spans: Mapping[str, Span],
-    entries: Mapping[str, TensorEntry],
-    checksums: Mapping[str, str] | None,
+    image: AdapterImage, view: NDArray[np.uint8], finite: bool, checksums: Mapping[str, str] | None
 ) -> list[str]:
     """What is wrong with the bytes. Returned, not raised: a traceback would hold on to views of the buffer."""
-    problems = []
-    for name, span in spans.items():
-        data = _bytes_of(buffer, span, entries[name].nbytes)
-        if not _all_finite(data, span.dtype):
-            problems.append(f"{name} has NaN or infinite values")
-        if checksums is not None and hashlib.sha256(data.data).hexdigest() != checksums.get(name):
-            problems.append(f"{name} is not what expected_checksums says (SHA-256)")
-    problems += [f"{name} is in expected_checksums but was not sent" for name in checksums or () if name not in spans]
-    return problems
-
-
-def _all_finite(data: NDArray[np.uint8], dtype: DType) -> bool:
-    """Whether no element is NaN or infinite; works on the bits, in slices."""
-    words = data.view(np.uint32 if ITEM_BYTES[dtype] == 4 else np.uint16)
-    exponents = words.dtype.type(_EXPONENTS[dtype])
-    slices = (words[start : start + _SLICE] for start in range(0, len(words), _SLICE))
-    return all((part & exponents).max() < exponents for part in slices)
-
-
-def _digest(adapter: Adapter, buffer: HostBuffer) -> str:
-    """SHA-256 over the modules in the order of their names: name, scale, and dtype, shape and bytes of both factors."""
-    digest = hashlib.sha256()
-    for module in adapter.modules:
-        _add(digest, (module.name, module.scale.hex()), (module.a, module.b), buffer)
-    for name, span in sorted(adapter.base_copies):
-        _add(digest, (name,), (span,), buffer)
-    return digest.hexdigest()
-
-
-def _add(digest: Any, header: Iterable[str], spans: Iterable[Span], buffer: HostBuffer) -> None:
-    digest.update(json.dumps(header).encode())
-    for span in spans:
-        digest.update(json.dumps([span.dtype, span.shape]).encode())
-        digest.update(_bytes_of(buffer, span, span.shape[0] * span.shape[1] * ITEM_BYTES[span.dtype]).data)
+    problems = [] if finite else [f"{name} has NaN or infinite values" for name in image.not_finite(view)]
+    if checksums is None:
+        return problems
+    problems += [
+        f"{name} is not what expected_checksums says (SHA-256)"
+        for name in image.pieces
+        if image.checksum(name, view) != checksums.get(name)
+    ]
+    return problems + [
+        f"{name} is in expected_checksums but was not sent" for name in checksums if name not in image.pieces
+    ]

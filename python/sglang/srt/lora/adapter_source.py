@@ -6,6 +6,8 @@ Called by adapter_reader. Invariant: a file is opened once, below the root, and 
 from __future__ import annotations
 
 import base64
+import bisect
+import itertools
 import json
 import os
 import re
@@ -31,12 +33,12 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class TensorSource(Protocol):
-    """Tensors of one adapter: shapes at once, bytes later, in the order of `entries`."""
+    """Tensors of one adapter, row-major and one behind the other: shapes at once, bytes later, by several threads."""
 
     entries: Mapping[str, TensorEntry]
 
-    def read_into(self, name: str, target: NDArray[np.uint8]) -> None:
-        """Copy a tensor, row-major, to uint8 [nbytes]."""
+    def read(self, begin: int, target: NDArray[np.uint8]) -> None:
+        """Fill uint8 [n] with the bytes from `begin` on, which may be those of several tensors."""
 
     def finish(self) -> None:
         """Called when all are read; raises AdapterError when what was read cannot be trusted."""
@@ -46,13 +48,13 @@ class ImageTensors:
     """A safetensors image in memory."""
 
     def __init__(self, image: memoryview, max_bytes: int) -> None:
-        layout, self._data = parse_image(image, max_bytes)
+        layout, data = parse_image(image, max_bytes)
         self.entries: Mapping[str, TensorEntry] = layout.entries
+        self._data = np.frombuffer(data, dtype=np.uint8)
 
-    def read_into(self, name: str, target: NDArray[np.uint8]) -> None:
+    def read(self, begin: int, target: NDArray[np.uint8]) -> None:
         """See TensorSource."""
-        entry = self.entries[name]
-        target[:] = np.frombuffer(self._data[entry.begin : entry.begin + entry.nbytes], dtype=np.uint8)
+        target[:] = self._data[begin : begin + len(target)]
 
     def finish(self) -> None:
         """See TensorSource."""
@@ -62,23 +64,28 @@ class PickledTensors:
     """Tensors of a pickle, of any strides."""
 
     def __init__(self, tensors: Mapping[str, RawTensor]) -> None:
-        self._tensors = tensors
+        self._values = [tensor.values for tensor in tensors.values()]
+        self._begins = [0, *itertools.accumulate(values.size * values.itemsize for values in self._values)]
         self.entries: Mapping[str, TensorEntry] = {
-            name: TensorEntry(tensor.dtype, tensor.values.shape, 0, tensor.values.size * tensor.values.itemsize)
-            for name, tensor in tensors.items()
+            name: TensorEntry(tensor.dtype, tensor.values.shape, begin, end - begin)
+            for (name, tensor), begin, end in zip(tensors.items(), self._begins, self._begins[1:], strict=False)
         }
 
-    def read_into(self, name: str, target: NDArray[np.uint8]) -> None:
+    def read(self, begin: int, target: NDArray[np.uint8]) -> None:
         """See TensorSource."""
-        values = self._tensors[name].values
-        target.view(values.dtype).reshape(values.shape)[:] = values
+        done = 0
+        while done < len(target):
+            index = bisect.bisect_right(self._begins, begin + done) - 1
+            part = _bytes_from(self._values[index], begin + done - self._begins[index], len(target) - done)
+            target[done : done + len(part)] = part
+            done += len(part)
 
     def finish(self) -> None:
         """See TensorSource."""
 
 
 class FileTensors:
-    """A safetensors file, read front to back.
+    """A safetensors file.
 
     Raises:
         AdapterError: path_unreadable when it is shorter or longer than it says, or changes meanwhile.
@@ -98,9 +105,9 @@ class FileTensors:
             self._unreadable(f"has {self._before.st_size} bytes, its header describes {self._start + layout.nbytes}")
         self.entries: Mapping[str, TensorEntry] = layout.entries
 
-    def read_into(self, name: str, target: NDArray[np.uint8]) -> None:
+    def read(self, begin: int, target: NDArray[np.uint8]) -> None:
         """See TensorSource."""
-        position, rest = self._start + self.entries[name].begin, target.data
+        position, rest = self._start + begin, target.data
         while rest:
             count = os.preadv(self._fd, [rest], position)
             if count == 0:
@@ -115,6 +122,14 @@ class FileTensors:
 
     def _unreadable(self, problem: str) -> NoReturn:
         raise AdapterError("path_unreadable", f"{self._described} {problem}; load it again when it is complete")
+
+
+def _bytes_from(values: NDArray[Any], start: int, most: int) -> NDArray[np.uint8]:
+    """Row-major bytes of a matrix of any strides, from `start` to its end, `most` of them at most."""
+    row = values.shape[1] * values.itemsize
+    first, last = start // row, -(-(start + most) // row)
+    rows = np.ascontiguousarray(values[first:last]).reshape(-1).view(np.uint8)
+    return rows[start - first * row :][:most]
 
 
 class AdapterDirectory:

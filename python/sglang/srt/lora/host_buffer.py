@@ -1,7 +1,8 @@
 """Host memory that another process of the same user opens by path: how adapter bytes reach the back.
 
-Owns the file and its mapping. Filled by `adapter_reader`, closed by whoever owns the adapter version.
-Invariant: the path works from construction to `close`; what the back has mapped by then stays valid.
+A buffer owns the file and its mapping; `HostBuffers`, which belongs to `adapter_reader`, hands buffers out.
+Invariants: the path works from construction to `close`; what the back has mapped by then stays valid. A buffer that was
+given back may have other bytes at any time, so it is given back when the back has copied them, or never saw it.
 """
 
 from __future__ import annotations
@@ -10,9 +11,13 @@ import contextlib
 import mmap
 import os
 import tempfile
+import threading
 
 import numpy as np
 from numpy.typing import NDArray
+
+MAX_SPARE_BYTES = 1 << 30
+"""Largest buffer that is kept."""
 
 
 class HostBuffer:
@@ -70,3 +75,31 @@ class HostBuffer:
         os.close(self._fd)
         if self._unlink is not None:
             os.unlink(self._unlink)
+
+
+class HostBuffers:
+    """Makes buffers, and keeps the one given back last: fresh pages take several times as long as the bytes in them.
+
+    Any thread may call.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._spare: HostBuffer | None = None
+
+    def take(self, nbytes: int) -> HostBuffer:
+        """A buffer with whatever bytes, all zeros when it is new."""
+        with self._lock:
+            spare = self._spare
+            if spare is not None and spare.nbytes == nbytes:
+                self._spare = None
+                return spare
+        return HostBuffer(nbytes)
+
+    def give_back(self, buffer: HostBuffer) -> None:
+        """Nobody reads or writes this buffer any more."""
+        with self._lock:
+            spare, self._spare = self._spare, buffer if buffer.nbytes <= MAX_SPARE_BYTES else None
+        for other in (spare, buffer):
+            if other is not None and other is not self._spare:
+                other.close()

@@ -21,10 +21,12 @@ from torch import Tensor
 
 from sglang.srt.errors import WeightError
 from sglang.srt.lora.adapter import Adapter
+from sglang.srt.lora.adapter_copier import AdapterCopier, AdapterFile
 from sglang.srt.lora.batch_info import BatchInfo, group_rows
 from sglang.srt.lora.device_slots import DeviceSlots
 from sglang.srt.lora.slab_batch import SlabBatch, row_slots
-from sglang.srt.lora.weights import AdapterFile, AdapterWeights, Place, copy_adapter
+from sglang.srt.lora.weight_tails import WeightTails
+from sglang.srt.lora.weights import AdapterWeights, Place
 from sglang.srt.managers.io_struct.wire import BASE_VERSION
 from sglang.srt.model_executor.forward_context import LoRABatch
 from sglang.srt.ops.packed import PackedWeight
@@ -55,6 +57,7 @@ class LoRAManager:
         parameters: the base model's parameters; read, never written.
         slabs: made of the same tensors' shapes.
         num_slots: versions that a step may name; memory for them is taken at once, if the device is not the host.
+        extended: parameters with room for A behind them, see WeightTails.
     """
 
     def __init__(
@@ -64,9 +67,9 @@ class LoRAManager:
         slabs: ModelSlabs,
         num_slots: int,
         device: torch.device,
+        extended: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.device = device
-        self._slabs = slabs
         self._parameters = parameters
         self._tensors = dict(tensors)
         self._places = {
@@ -80,12 +83,14 @@ class LoRAManager:
         self._host: dict[int, AdapterWeights] = {}
         self._fused = takes_slabs(device, slabs.dtype)
         rows = device.type != "cpu" or self._fused
-        self._slots = DeviceSlots(slabs.layout, num_slots, device) if rows else None
+        self._copier = AdapterCopier(self._places, slabs, tight=not rows, pin=device.type == "cuda")
         self._sites = {
             place.parameter: slabs.layout.site(place.slab.layer, place.slab.group)
             for place in self._places.values()
             if place.slab is not None
         }
+        self._tails = WeightTails(extended or {}, self._sites)
+        self._slots = DeviceSlots(slabs.layout, num_slots, device, self._tails) if rows else None
 
     @property
     def versions(self) -> frozenset[int]:
@@ -113,11 +118,10 @@ class LoRAManager:
         unknown = [m.name for m in adapter.modules if m.name not in self._places]
         if unknown:
             raise WeightError(f"the model has no module {', '.join(unknown)}")
-        file = AdapterFile(adapter)
-        for name, span in adapter.base_copies:
-            self._check_base(name, file.tensor(span))
-        tight, pin = self._slots is None, self.device.type == "cuda"
-        return copy_adapter(adapter, file, self._places, self._slabs, tight=tight, pin=pin)
+        with AdapterFile(adapter) as file:
+            for name, span in adapter.base_copies:
+                self._check_base(name, file.tensor(span))
+            return self._copier.copy(adapter, file)
 
     def _check_base(self, name: str, copy: Tensor) -> None:
         base = self._tensors.get(name)
@@ -144,6 +148,8 @@ class LoRAManager:
         """Make a staged version known."""
         assert version_id not in self._host, f"adapter version {version_id} is staged already"
         self._host[version_id] = weights
+        if self._slots is not None:
+            self._slots.prefetch(version_id, weights)
 
     def free(self, version_id: int) -> int:
         """Forget a version; returns the bytes of host memory that it had."""
@@ -155,7 +161,7 @@ class LoRAManager:
     # ---- within a step ---------------------------------------------------------------------------------------------
 
     def load(self, slots: tuple[int, ...]) -> None:
-        """Bring the versions that have a slot to the device, each into the row of its slot."""
+        """Have the versions of all slots on the device, for the steps that follow."""
         if self._slots is not None:
             self._slots.load(slots, self._host)
 
@@ -171,7 +177,8 @@ class LoRAManager:
         shape = BatchShape(1 << max(rows - 1, 63).bit_length(), slots, tile)
         words = torch.empty(shape.words, dtype=torch.int32, pin_memory=self.device.type == "cuda")
         self.write_words(versions, shape, words.numpy())
-        return self.slab_batch(LoraBatch.to_device(words, shape, self.device), self.outside_slabs(versions))
+        on_device = LoraBatch.to_device(words, shape, self.device)
+        return self.slab_batch(on_device, self.tail_slots(versions), self.outside_slabs(versions))
 
     def outside_slabs(self, versions: NDArray[np.int64]) -> BatchInfo | None:
         """What these rows' adapters add to the embedding and the head (all of their modules, without slabs)."""
@@ -192,10 +199,26 @@ class LoRAManager:
         """Whether a batch of slabs is all that rows with these versions (int64 [T], all loaded) need."""
         return self._fused and not self._beyond_slabs(versions)
 
-    def slab_batch(self, words: LoraBatch, others: BatchInfo | None = None) -> SlabBatch:
-        """A batch that reads these words whenever its operators run."""
+    @property
+    def num_tails(self) -> int:
+        """Slots whose A lies behind the weights too; 0 for none."""
+        return self._tails.num_slots
+
+    @property
+    def all_have_tails(self) -> bool:
+        """Whether that is all of them."""
+        return self._slots is not None and self.num_tails == self._slots.slabs.num_slots
+
+    def tail_slots(self, versions: NDArray[np.int64]) -> int:
+        """How many of the first slots have all these versions (int64 [T], all loaded); 0 when one has no tail."""
         assert self._slots is not None
-        return SlabBatch(self._slots.slabs, self._sites, words, others)
+        last = int(row_slots(versions, self._slots.versions).max())
+        return last + 1 if last < self.num_tails else 0
+
+    def slab_batch(self, words: LoraBatch, tail_slots: int = 0, others: BatchInfo | None = None) -> SlabBatch:
+        """A batch that reads these words whenever its operators run; see SlabBatch."""
+        assert self._slots is not None
+        return SlabBatch(self._slots.slabs, self._sites, words, self._tails, tail_slots, others)
 
     def write_words(self, versions: NDArray[np.int64], shape: BatchShape, out: NDArray[np.int32]) -> None:
         """Fill the words of rows with these versions (int64 [T]), all loaded."""

@@ -8,6 +8,7 @@ allocation that follows a number of the file.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -77,8 +78,9 @@ def header_bytes(prefix: bytes) -> int:
     return size
 
 
+@functools.lru_cache(maxsize=2)
 def parse_header(header: bytes, max_bytes: int) -> Layout:
-    """Check the JSON header.
+    """Check the JSON header; the last ones are remembered, for the versions of a policy have the same.
 
     Args:
         header: the JSON text.

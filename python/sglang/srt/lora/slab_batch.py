@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sglang.srt.lora.batch_info import BatchInfo
+from sglang.srt.lora.weight_tails import WeightTails
 from sglang.srt.managers.io_struct.wire import BASE_VERSION
 from sglang.srt.ops.linear import Product, linear
 from sglang.srt.ops.lora import lora_project
@@ -27,6 +28,8 @@ class SlabBatch:
     Args:
         sites: where the factors of a parameter lie in a slab; others have none.
         words: of the rows, by slot.
+        tails: A behind the weights.
+        tail_slots: no row has an adapter of a slot from here on; 0 for any slots, and then tails are not read.
         others: what slabs do not hold.
     """
 
@@ -35,9 +38,12 @@ class SlabBatch:
         slabs: LoraSlabs,
         sites: Mapping[str, LoraSite],
         words: LoraBatch,
+        tails: WeightTails,
+        tail_slots: int,
         others: BatchInfo | None = None,
     ) -> None:
         self._slabs, self._sites, self._words, self._others = slabs, sites, words, others
+        self._tails, self._tail_slots = tails, tail_slots
 
     def project(self, x: Tensor, weight: Parameter, bias: Tensor | None, parameter: str) -> Product:
         """See LoRABatch; the adapters' part is left to be added."""
@@ -45,7 +51,8 @@ class SlabBatch:
         site = self._sites.get(parameter)
         if site is None:
             return Product(linear(x, weight, bias))
-        product = lora_project(x, weight, self._slabs, site, self._words)
+        extended = self._tails.of(parameter, self._tail_slots)
+        product = lora_project(x, weight, self._slabs, site, self._words, extended)
         if bias is not None:
             product.y.add_(bias)
         return product

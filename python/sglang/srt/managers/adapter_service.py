@@ -64,8 +64,14 @@ class ReadAdapter(Protocol):
     adapter: Adapter
     digest: str
     num_tensors: int
-    nbytes: int
-    max_rank: int
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory."""
+
+    @property
+    def max_rank(self) -> int:
+        """Largest rank of its modules."""
 
     def close(self) -> None:
         """Give the memory back."""

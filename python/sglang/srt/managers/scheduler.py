@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 IDLE_POLL_MS = 100
 """How long an idle loop sleeps at most; a message wakes it at once."""
-STAGING_POLL_MS = 5
-"""The same while an adapter is being staged: nothing wakes the loop when that is done."""
+STAGING_POLL_MS = 1
+"""The same for the few milliseconds in which an adapter is staged: nothing wakes the loop when that is done."""
 
 
 class Channel(Protocol):

@@ -13,9 +13,12 @@ a server without adapters.
 from __future__ import annotations
 
 import bisect
+import contextlib
+import enum
+import gc
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,11 +38,15 @@ from sglang.srt.model_executor.forward_context import (
 )
 from sglang.srt.model_executor.input_buffers import Fields, PackedColumns, PendingColumns
 from sglang.srt.ops.launch import programmatic_launch
+from sglang.srt.ops.linear import SKINNY_ROWS
 from sglang.srt.ops.slabs import LoraBatch
 from sglang.srt.sampling.plan import SamplingPlan
 from sglang.srt.sampling.sampler import HostSample, Sampler
 
 logger = logging.getLogger(__name__)
+
+PROGRESS_SECONDS = 1.0
+"""Time between two lines of progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,14 @@ class StepColumns:
     versions: np.ndarray
     temperature: np.ndarray
     uniforms: np.ndarray
+
+
+class Kind(enum.Enum):
+    """What a graph does for adapters: nothing, what any of them need, or what those of the first slots need."""
+
+    BASE = enum.auto()
+    ANY_SLOTS = enum.auto()
+    FIRST_SLOTS = enum.auto()
 
 
 _NOTHING = np.empty(0, np.int64)
@@ -86,6 +101,17 @@ def capture_graph(run: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph, pool=pool):
         run()
     return graph
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Collect garbage now and not inside: a graph that is freed while another is captured ends the capture."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 class DecodeGraphs:
@@ -130,10 +156,12 @@ class DecodeGraphs:
         self._outputs = PackedColumns(outputs, device)
         self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
         self.logits = torch.zeros(rows, sampler.vocab_size, dtype=dtype, device=device)
-        self._adapters: LoRABatch | None = None
+        self._adapters: dict[Kind, LoRABatch] = {}
         if self._shape is not None and lora is not None:
-            self._adapters = lora.slab_batch(LoraBatch(self._inputs.device["words"], self._shape))
-        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+            words = LoraBatch(self._inputs.device["words"], self._shape)
+            self._adapters[Kind.ANY_SLOTS] = lora.slab_batch(words)
+            self._adapters[Kind.FIRST_SLOTS] = lora.slab_batch(words, lora.num_tails)
+        self._graphs: dict[tuple[int, Kind], torch.cuda.CUDAGraph] = {}
 
     @property
     def max_rows(self) -> int:
@@ -151,28 +179,45 @@ class DecodeGraphs:
     @torch.inference_mode()
     def capture(self) -> None:
         """Capture every graph, the largest first: the others then find their memory in its pool."""
-        started, pool = time.perf_counter(), None
-        variants = (False,) if self._adapters is None else (False, True)
-        total = len(variants) * len(self._buckets)
-        for bucket in reversed(self._buckets):
-            for adapters in variants:
-                self._fill(_PADDING, bucket, adapters)
-                graph = capture_graph(partial(self._run, bucket, adapters), pool)
-                self._graphs[bucket, adapters] = graph
+        pool, started = None, time.perf_counter()
+        reported = started
+        wanted = [(bucket, kind) for bucket in reversed(self._buckets) for kind in self._kinds(bucket)]
+        total = len(wanted)
+        with _without_collections():
+            for bucket, kind in wanted:
+                self._fill(_PADDING, bucket, kind)
+                graph = capture_graph(partial(self._run, bucket, kind), pool)
+                self._graphs[bucket, kind] = graph
                 pool = pool or graph.pool()
-            if time.perf_counter() - started > 2.0 * (1 + len(self._graphs) / total):
-                logger.info("capturing decode graphs: %d of %d", len(self._graphs), total)
+                if time.perf_counter() - reported > PROGRESS_SECONDS:
+                    reported = time.perf_counter()
+                    logger.info("capturing decode graphs: %d of %d", len(self._graphs), total)
         logger.info("captured %d decode graphs in %.1f s", total, time.perf_counter() - started)
 
     def launch(self, columns: StepColumns) -> PendingColumns:
         """Queue a step that `takes` accepted; what its rows drew, on the way to the host."""
         bucket = self._buckets[bisect.bisect_left(self._buckets, len(columns.slots))]
-        adapters = bool(columns.versions.any())
-        self._fill(columns, bucket, adapters)
-        self._graphs[bucket, adapters].replay()
+        kind = self._kind(columns.versions, bucket)
+        self._fill(columns, bucket, kind)
+        self._graphs[bucket, kind].replay()
         return self._outputs.download()
 
-    def _fill(self, columns: StepColumns, bucket: int, adapters: bool) -> None:
+    def _kinds(self, bucket: int) -> list[Kind]:
+        """The graphs that steps of so many rows may need."""
+        if self._lora is None or not self._adapters:
+            return [Kind.BASE]
+        if bucket <= SKINNY_ROWS or not self._lora.num_tails:
+            return [Kind.BASE, Kind.ANY_SLOTS]
+        return [Kind.BASE, Kind.FIRST_SLOTS] + ([] if self._lora.all_have_tails else [Kind.ANY_SLOTS])
+
+    def _kind(self, versions: np.ndarray, bucket: int) -> Kind:
+        if self._lora is None or not versions.any():
+            return Kind.BASE
+        # Few rows go through a product that reads A where it is.
+        tails = bucket > SKINNY_ROWS and self._lora.tail_slots(versions)
+        return Kind.FIRST_SLOTS if tails else Kind.ANY_SLOTS
+
+    def _fill(self, columns: StepColumns, bucket: int, kind: Kind) -> None:
         """Send the columns of a step, and of the rows that pad it, to the device."""
         rows, host, table = len(columns.slots), self._inputs.next(), self._table
         for name, values, padding in (
@@ -185,18 +230,18 @@ class DecodeGraphs:
         ):
             host[name][:rows] = values
             host[name][rows:bucket] = padding
-        if adapters:
+        if kind is not Kind.BASE:
             assert self._lora is not None and self._shape is not None
             self._lora.write_words(columns.versions, self._shape, host["words"])
         self._inputs.upload()
 
-    def _run(self, bucket: int, adapters: bool) -> None:
+    def _run(self, bucket: int, kind: Kind) -> None:
         """Enqueue a step of `bucket` rows."""
         columns = {name: column[:bucket] for name, column in self._inputs.device.items() if name != "words"}
         positions, locs, slots, ids = columns["positions"], columns["locs"], columns["slots"], self._ids[:bucket]
         self._begin(slots, positions, locs, self._last_tokens, self._table.pages, self._table.page_size, ids)
         self._attention.plan_decode(slots, columns["kv_lens"])
-        lora = self._adapters if adapters else None
+        lora = self._adapters.get(kind)
         logits = self.logits[:bucket]
         # What kernels read ahead of time (positions, locations, words) comes by copy, before the graph starts.
         with programmatic_launch():

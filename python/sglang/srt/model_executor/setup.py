@@ -17,7 +17,9 @@ from sglang.srt import environ
 from sglang.srt.config.sections import Config
 from sglang.srt.errors import ConfigError
 from sglang.srt.layers.attention.factory import create_attention_backend
-from sglang.srt.lora.lora_manager import BaseTensor, LoRAManager, matrices
+from sglang.srt.lora.device_slots import num_rows
+from sglang.srt.lora.lora_manager import BaseTensor, LoRAManager, matrices, takes_slabs
+from sglang.srt.lora.weight_tails import tail_slots
 from sglang.srt.managers.io_struct.wire import Ready
 from sglang.srt.mem_cache.kv_manager import KVManager
 from sglang.srt.mem_cache.kv_pool import KVPool, kv_bytes_per_token
@@ -25,6 +27,8 @@ from sglang.srt.model_executor.forward_context import CapturableAttention, resol
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.models.decoder import DecoderForCausalLM
+from sglang.srt.models.registry import model_class
+from sglang.srt.models.weight_map import WeightMap
 from sglang.srt.ops.slabs import ModelSlabs
 from sglang.srt.platforms.platform import Platform, get_platform
 from sglang.srt.sampling.sampler import Sampler
@@ -76,10 +80,12 @@ def build_engine(config: Config) -> Engine:
     platform = get_platform(config.device)
     started = time.perf_counter()
     before = platform.available_memory()
-    model = load_model(config.model, config.load, platform.device)
+    slabs = _slabs(config) if config.lora.enabled else None
+    spare_rows = {} if slabs is None else _spare_rows(config, slabs, platform.device)
+    model = load_model(config.model, config.load, platform.device, spare_rows)
     load_seconds = time.perf_counter() - started
     weight_bytes = max(before - platform.available_memory(), 0)
-    lora = _create_lora(config, model, platform) if config.lora.enabled else None
+    lora = None if slabs is None else _create_lora(config, model, slabs, platform)
     num_pages = _num_pages(config, platform)
     memory, schedule = config.memory, config.schedule
     # One page more than is handed out, for the padding of captured steps.
@@ -109,27 +115,45 @@ def build_engine(config: Config) -> Engine:
     return Engine(config, runner, kv, pool, lora, weight_bytes, load_seconds)
 
 
-def lora_tensors(model: DecoderForCausalLM) -> dict[str, BaseTensor]:
+def lora_tensors(weights: WeightMap) -> dict[str, BaseTensor]:
     """Where adapters find the base model's tensors, by checkpoint name."""
-    targets = model.weights.targets.items()
+    targets = weights.targets.items()
     return {name: BaseTensor(target.parameter, target.start, target.shape) for name, target in targets}
 
 
-def _create_lora(config: Config, model: DecoderForCausalLM, platform: Platform) -> LoRAManager:
-    tensors, section = lora_tensors(model), config.lora
-    shapes = {name: tensor.shape for name, tensor in matrices(tensors).items()}
+def _weight_map(config: Config) -> WeightMap:
+    return model_class(config.model).weight_map(config.model)
+
+
+def _slabs(config: Config) -> ModelSlabs:
+    shapes = {name: tensor.shape for name, tensor in matrices(lora_tensors(_weight_map(config))).items()}
     try:
-        slabs = ModelSlabs(shapes, section.max_lora_rank, config.load.dtype)
+        return ModelSlabs(shapes, config.lora.max_lora_rank, config.load.dtype)
     except ValueError as error:
         raise ConfigError(f"adapters of this model cannot be served: {error}; leave out --enable-lora") from error
+
+
+def _spare_rows(config: Config, slabs: ModelSlabs, device: torch.device) -> dict[str, int]:
+    """Rows for A behind the model's weights, by parameter."""
+    if not takes_slabs(device, slabs.dtype):
+        return {}
+    slots, rows = tail_slots(slabs.layout, num_rows(config.lora.max_loras_per_batch)), {}
+    for name, tensor in matrices(lora_tensors(_weight_map(config))).items():
+        if slots and (place := slabs.places.get(name)):
+            rows[tensor.parameter] = slots * slabs.layout.site(place.layer, place.group).u_width
+    return rows
+
+
+def _create_lora(config: Config, model: DecoderForCausalLM, slabs: ModelSlabs, platform: Platform) -> LoRAManager:
+    tensors, section = lora_tensors(model.weights), config.lora
     slots = section.max_loras_per_batch
     if platform.device.type != "cpu":
-        needed, free = slots * slabs.layout.slab_bytes, platform.available_memory()
-        size = f"{slots} adapter slots of rank {section.max_lora_rank} need {needed / GIB:.2f} GiB"
+        needed, free = num_rows(slots) * slabs.layout.slab_bytes, platform.available_memory()
+        size = f"{slots} adapter slots of rank {section.max_lora_rank} and a spare one need {needed / GIB:.2f} GiB"
         if needed > free:
             raise ConfigError(f"{size}, {free / GIB:.2f} GiB are free; lower --max-lora-rank or --max-loras-per-batch")
         logger.info("%s; --max-lora-rank and --max-loras-per-batch decide that", size)
-    return LoRAManager(tensors, model.parameters, slabs, slots, platform.device)
+    return LoRAManager(tensors, model.parameters, slabs, slots, platform.device, model.extended)
 
 
 def _token_bytes(config: Config) -> int:

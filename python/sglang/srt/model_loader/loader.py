@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from sglang.srt.errors import ConfigError
 from sglang.srt.model_executor.forward_context import resolve_dtype
 from sglang.srt.model_loader.checkpoints import gguf_weights, safetensors_weights
 from sglang.srt.models.decoder import DecoderForCausalLM
-from sglang.srt.models.registry import create_model
+from sglang.srt.models.registry import model_class
 from sglang.srt.models.weight_map import Parameter
 from sglang.srt.ops.packed import can_pack
 
@@ -26,15 +26,20 @@ PROGRESS_SECONDS = 5.0
 DUMMY_STD = 0.02
 
 
-def load_model(config: ModelConfig, load: LoadSection, device: torch.device) -> DecoderForCausalLM:
+def load_model(
+    config: ModelConfig, load: LoadSection, device: torch.device, spare_rows: Mapping[str, int] | None = None
+) -> DecoderForCausalLM:
     """The model of a checkpoint, on the device, in `load.dtype`.
+
+    Args:
+        spare_rows: see DecoderForCausalLM.
 
     Raises:
         ConfigError: unknown architecture or load format.
         WeightError: tensors are missing, unknown or misshapen; the message lists them all.
     """
     started = time.perf_counter()
-    model = create_model(config, resolve_dtype(load.dtype), device)
+    model = model_class(config)(config, resolve_dtype(load.dtype), device, spare_rows)
     if load.load_format == "dummy":
         _fill_randomly(model, load.random_seed)
     else:

@@ -7,6 +7,7 @@ Shape legend: T tokens of a step, H hidden size, Hq query heads, Hkv KV heads, D
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,12 +64,26 @@ class DecoderForCausalLM:
 
     Args:
         config: the shape; `weight_map(config)` names the tensors it needs.
+        spare_rows: rows that are to follow those of a parameter in memory, by its name.
+
+    Attributes:
+        extended: [rows + spare rows, columns], by name, of the parameters that have any.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        spare_rows: Mapping[str, int] | None = None,
+    ) -> None:
         self.config = config
         self.weights = self.weight_map(config)
-        self.parameters = _allocate(self.weights.shapes(), dtype, device)
+        shapes, spare = self.weights.shapes(), spare_rows or {}
+        longer = {name: (shapes[name][0] + rows, *shapes[name][1:]) for name, rows in spare.items()}
+        allocated = _allocate(shapes | longer, dtype, device)
+        self.parameters: dict[str, Parameter] = {name: whole[: shapes[name][0]] for name, whole in allocated.items()}
+        self.extended = {name: allocated[name] for name in spare}
         self.rotary = RotaryEmbedding(config, dtype, device)
         self.scale = config.head_dim**-0.5
         self.bind()
@@ -144,8 +159,8 @@ class DecoderForCausalLM:
         return ctx.attention.forward(q, k, v, index, self.scale)
 
 
-def _allocate(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> dict[str, Parameter]:
-    """Every parameter, a view of one allocation; each starts at a multiple of _ALIGNMENT elements."""
+def _allocate(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Every tensor, a view of one allocation; each starts at a multiple of _ALIGNMENT elements."""
     sizes = [-(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT for shape in shapes.values()]
     pieces = allocate_weights(sum(sizes), dtype, device).split(sizes)
     return {

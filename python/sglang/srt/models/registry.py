@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 
-import torch
-
 from sglang.srt.config.model_config import ModelConfig
 from sglang.srt.errors import ConfigError
 from sglang.srt.models.decoder import DecoderForCausalLM
@@ -18,8 +16,8 @@ SUPPORTED_MODELS = {
 }
 
 
-def create_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> DecoderForCausalLM:
-    """A model with memory for its weights and nothing in it yet.
+def model_class(config: ModelConfig) -> type[DecoderForCausalLM]:
+    """The class of a model's architecture.
 
     Raises:
         ConfigError: the architecture is not supported, or asks for something that is not.
@@ -28,8 +26,7 @@ def create_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) 
     if module is None:
         known = ", ".join(SUPPORTED_MODELS)
         raise ConfigError(f"architecture {config.architecture!r} is not supported; supported are {known}")
-    model_class = getattr(importlib.import_module(module), config.architecture)
     if config.hidden_act not in ("silu", "swish"):
         raise ConfigError(f"hidden_act {config.hidden_act!r} is not supported; the models here use silu")
-    model: DecoderForCausalLM = model_class(config, dtype, device)
-    return model
+    found: type[DecoderForCausalLM] = getattr(importlib.import_module(module), config.architecture)
+    return found

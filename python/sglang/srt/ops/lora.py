@@ -56,14 +56,24 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def lora_project(x: Tensor, weight: Tensor, slabs: LoraSlabs, site: LoraSite, batch: LoraBatch) -> Product:
+def lora_project(
+    x: Tensor, weight: Tensor, slabs: LoraSlabs, site: LoraSite, batch: LoraBatch, extended: Tensor | None = None
+) -> Product:
     """x weight^T, and u = x A^T of the adapters in slabs, for the operation that reads the product to add B u.
 
-    Few rows on a GPU: both in one kernel. More: u on a stream of its own, beside the product.
+    Few rows on a GPU: both in one kernel. More: one product with the extended weight, or, without one, u on a stream of
+    its own beside the product, which then waits for multiprocessors.
 
     Args:
         x: [T, I]; weight: [O, I] of the slabs' dtype.
+        extended: [O + slots * u_width, I], the weight and behind it A of the first slots (`lora.weight_tails`); no row
+            has an adapter of another slot.
     """
+    if extended is not None and not is_skinny(x, weight):
+        both = dense_linear(x, extended)
+        both = both if x.is_cuda else both.contiguous()
+        y, u = both.split([len(weight), len(extended) - len(weight)], dim=1)
+        return Product(y, LoraDelta(u, slabs, site, batch, site.u_width))
     u = torch.empty(len(x), site.u_width, dtype=x.dtype, device=x.device)
     if is_skinny(x, weight):
         y = fused.skinny_gemm(x, weight, shrink=(slabs, site, batch, u))

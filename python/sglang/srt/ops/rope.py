@@ -85,7 +85,7 @@ def attention_inputs(
     if rotation.table is None:
         return _reference(qkv, heads, rotation, target, bias, delta)
     same = target.k.dtype == qkv.dtype
-    qkv = qkv.contiguous()
+    qkv = qkv if qkv.stride(1) == 1 else qkv.contiguous()
     k_pool, v_pool, locs = target if same else (None, None, None)
     fused.qk_norm_rope(
         qkv,
@@ -126,5 +126,5 @@ def _reference(
 
 
 def _split(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = qkv.view(len(qkv), -1, heads.dim).split([heads.num, heads.num_kv, heads.num_kv], dim=1)
+    q, k, v = qkv.unflatten(1, (-1, heads.dim)).split([heads.num, heads.num_kv, heads.num_kv], dim=1)
     return q, k, v

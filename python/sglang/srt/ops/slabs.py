@@ -1,4 +1,4 @@
-"""The server's way to sgl_kernel's slabs: a model's layout, an adapter packed into it, and views of its factors.
+"""The server's way to sgl_kernel's slabs: a model's layout, the places of an adapter in it, and views of its factors.
 
 Called by `model_executor.setup`, which makes the one `ModelSlabs` of a server, and by `lora`. Groups and slices are
 those that trainers name (`sgl_kernel.lora.decoder_groups`, `peft_modules`), so a slab that a trainer packs for the same
@@ -13,18 +13,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sgl_kernel.lora.batch import BatchShape as BatchShape
 from sgl_kernel.lora.batch import build_batch as build_batch
+from sgl_kernel.lora.bf16 import all_finite as _all_finite
 from sgl_kernel.lora.layout import RANK_STEP, LoraGroup, round_up
 from sgl_kernel.lora.layout import LoraLayout as LoraLayout
 from sgl_kernel.lora.layout import LoraSite as LoraSite
 from sgl_kernel.lora.peft import DECODER_MODULES
-from sgl_kernel.lora.slab import LoraModule, pack_slab
+from sgl_kernel.lora.slab import LoraModule, slab_frame
+from sgl_kernel.lora.slab import SlabFrame as SlabFrame
 from sgl_kernel.types import LoraBatch as LoraBatch
 from sgl_kernel.types import LoraSlabs as LoraSlabs
 
@@ -40,13 +43,21 @@ class SlabPlace(NamedTuple):
     slice_index: int
 
 
+class Matrix(Protocol):
+    """What has a shape: a tensor, or its place in a file."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """(rows, columns)."""
+
+
 class SlabModule(NamedTuple):
-    """A module to pack: A [r, I], B [O, r], of any floating dtype."""
+    """A module of an adapter: A [r, I], B [O, r]."""
 
     place: SlabPlace
     scale: float
-    a: Tensor
-    b: Tensor
+    a: Matrix
+    b: Matrix
 
 
 class Slab(NamedTuple):
@@ -112,21 +123,22 @@ class ModelSlabs:
         """Of A and B."""
         return _TORCH[self.layout.dtype]
 
-    def pack(self, modules: Sequence[SlabModule], *, tight: bool, pin: bool) -> Slab:
-        """The slab of an adapter on the host, which it fills without another copy of the factors.
+    def frame(self, modules: Sequence[SlabModule], *, tight: bool) -> tuple[LoraLayout, SlabFrame]:
+        """The layout of an adapter's slab, and what its bytes are besides the numbers of A and B.
 
         Args:
-            tight: of the layout that the adapter's own rank needs, not of the model's.
-            pin: page-locked memory, which a device can read by itself.
+            tight: the layout that the adapter's own rank needs, not the model's.
 
         Raises:
-            ValueError: a value is not finite in the layout's dtype, or a module does not fit the layout.
+            ValueError: a module does not fit the layout.
         """
-        rank, layout = max((len(module.a) for module in modules), default=0), self.layout
-        if not rank:
-            return Slab(layout, torch.empty(0, dtype=torch.uint8), 0)
-        if tight:
+        layout, rank = self.layout, max((module.a.shape[0] for module in modules), default=0)
+        if tight and rank:
             layout = LoraLayout(layout.groups, layout.num_layers, rank, layout.dtype)
-        data = torch.empty(layout.slab_bytes, dtype=torch.uint8, pin_memory=pin)
-        pack_slab(layout, [LoraModule(*m.place, m.scale, m.a, m.b) for m in modules], data.numpy())
-        return Slab(layout, data, rank)
+        return layout, slab_frame(layout, [LoraModule(*m.place, m.scale, m.a, m.b) for m in modules])
+
+
+def all_finite(numbers: Tensor) -> bool:
+    """Whether no number of a host's contiguous tensor, of the dtype of any layout, is infinite or NaN."""
+    bfloat16 = numbers.dtype is torch.bfloat16
+    return _all_finite(numbers.view(torch.int16).numpy().view(np.uint16) if bfloat16 else numbers.numpy())

@@ -72,8 +72,9 @@ def from_bf16_bits(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
 
 def all_finite(values: NDArray[Any]) -> bool:
     """Whether no value, of float32, of float16 or of bf16 as bits, is infinite or NaN."""
-    if values.dtype == np.uint16:
-        return not bool(((values & 0x7F80) == 0x7F80).any())
+    if values.dtype == np.uint16 and values.size:
+        # What is beyond an infinity is NaN: among signed integers larger than all other bits, or among unsigned ones.
+        return bool(values.view(np.int16).max() < 0x7F80 and values.max() < 0xFF80)
     return bool(np.isfinite(values).all())
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -73,23 +73,61 @@ def pack_slab(layout: LoraLayout, modules: Iterable[LoraModule], out: NDArray[np
     if not out.flags.writeable:
         raise ValueError("out is read-only; give a writable buffer")
     out.fill(0)
-    ranks: dict[tuple[int, str, int], int] = {}
     given = list(modules)
-    for module in given:
+    frame = slab_frame(layout, given)
+    try:
+        for module in given:
+            with _naming(module):
+                _write(layout, module, frame.rank, out)
+    except ValueError:
+        out.fill(0)
+        raise
+    frame.write_head(out)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class SlabFrame:
+    """All of a slab but the numbers of A and B, which whoever has a frame may put in their places by himself.
+
+    Attributes:
+        rank: the adapter's, the largest of its modules.
+        head: uint8, the slab's first bytes: header and table.
+        factors: where A and B of every module begin, in the order of the modules, bytes from the start of the slab.
+        stride: numbers from one row of B to the next; those behind the module's rank are zeros.
+    """
+
+    rank: int
+    head: NDArray[np.uint8]
+    factors: tuple[tuple[int, int], ...]
+    stride: int
+
+    def write_head(self, out: NDArray[np.uint8]) -> None:
+        """Write header and table to uint8 [layout.slab_bytes]."""
+        out[: len(self.head)] = self.head
+
+
+def slab_frame(layout: LoraLayout, modules: Sequence[LoraModule]) -> SlabFrame:
+    """The frame of an adapter, told by shapes and scales: of `a` and `b`, nothing but `shape` is read.
+
+    Raises:
+        ValueError: a module is given twice, or does not fit the layout.
+    """
+    ranks: dict[tuple[int, str, int], int] = {}
+    for module in modules:
         key = (module.layer, module.group, module.slice_index)
         if key in ranks:
             raise ValueError(f"{module.name} is given twice; give every module once")
         with _naming(module):
             ranks[key] = _rank_of(layout, module)
-    adapter_rank = max(ranks.values(), default=0)
-    try:
-        for module in given:
-            with _naming(module):
-                _write(layout, module, adapter_rank, out)
-    except ValueError:
-        out.fill(0)
-        raise
-    out[:4].view("<i4")[0] = adapter_rank
+    rank = max(ranks.values(), default=0)
+    head = np.zeros(HEADER_BYTES + layout.table_bytes, np.uint8)
+    head[:4].view("<i4")[0] = rank
+    factors = []
+    for (layer, group, index), module_rank, module in zip(ranks, ranks.values(), modules, strict=True):
+        site = layout.site(layer, group)
+        _entry(head, site, index)[0] = (module_rank, np.float32(module.scale))
+        factors.append((site.a_start(index), site.b_offsets[index]))
+    return SlabFrame(rank, head, tuple(factors), round_up(rank, RANK_STEP))
 
 
 def unpack_slab(layout: LoraLayout, slab: NDArray[np.uint8]) -> list[LoraModule]:
@@ -190,7 +228,6 @@ def _write(layout: LoraLayout, module: LoraModule, adapter_rank: int, out: NDArr
                 f"a factor has a value that is infinite or NaN, or too large for {layout.dtype}; look at the training"
             )
         place[:] = values
-    _entry(out, site, index)[0] = (rank, np.float32(module.scale))
 
 
 def _entry(slab: NDArray[np.uint8], site: LoraSite, index: int) -> NDArray[Any]:

@@ -6,6 +6,9 @@ in the order of the splits, so there is one launch and the same bits every time.
 queries of one sequence and one KV head, the group's query heads side by side in its rows, and goes over the keys as
 flash attention does.
 
+Launched early (`sgl_kernel.programmatic_launch`), decoding reads page table, slots and lengths before the kernel ahead
+of it is done, and lets the next one read its weights meanwhile.
+
 Invariants: sums are float32. Scores are kept times log2(e), so that exp2 serves. A token that a program must not see
 is replaced by one that it may see before its row is read, and masked after: what other rows of the pool hold, be it
 NaN, never enters a product. Counters are zero between launches; launches that share them follow each other on a stream.
@@ -28,6 +31,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from sglang.srt.ops.launch import launches_early
 
 _NEVER = tl.constexpr(-1.0e30)
 """Score of what is masked. Finite: what a row counted before it saw its first token is scaled by 0 afterwards."""
@@ -173,6 +179,7 @@ def decode(
         sums = torch.empty(*shape, 2, group, dtype=torch.float32, device=q.device)
         assert counters.numel() >= decodes.size * kv_heads, "more sequences than there are counters"
     padded_dim, padded_group = _padded(dim), triton.next_power_of_2(group)
+    early = launches_early(q.device)
     _decode[kv_heads, decodes.size, splits.parts](
         q,
         q.stride(0),
@@ -200,8 +207,10 @@ def decode(
         PAGE_BITS=_page_bits(kv.page_size),
         WINDOW=window or 0,
         CHUNK=max(1, min(32, _MERGE_VALUES // (padded_group * padded_dim))),
+        EARLY=early,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+        **({"launch_pdl": True} if early else {}),
         **_OPTIONS,
     )
 
@@ -305,8 +314,11 @@ def _decode(
     PAGE_BITS: tl.constexpr,
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Grid: KV heads, sequences, splits. Heads of the same tokens are neighbours; splits that may be empty, last."""
+    if EARLY:
+        gdc_launch_dependents()
     head, member, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     sequence, row = member, member
     if places is not None:
@@ -319,6 +331,8 @@ def _decode(
     low_block = first // BLOCK_N
     num_blocks = (end + BLOCK_N - 1) // BLOCK_N - low_block
     splits = tl.minimum(tl.maximum(num_blocks // min_blocks, 1), max_splits)
+    if EARLY:  # q, k and v of the new token; all that was read before comes with the step
+        gdc_wait()
     if split >= splits:
         return
 
