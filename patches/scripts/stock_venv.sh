@@ -27,7 +27,8 @@ fi
 
 "${pip[@]}" libcst pytest numpy requests psutil tqdm safetensors huggingface_hub packaging pyyaml regex filelock pydantic \
   orjson pybase64 pillow starlette ipython aiohttp fastapi uvloop pyzmq openai partial-json-parser dill einops \
-  compressed-tensors msgspec setproctitle interegular sentencepiece python-multipart jsonschema watchfiles
+  compressed-tensors msgspec setproctitle interegular sentencepiece python-multipart jsonschema watchfiles \
+  soundfile
 "${pip[@]}" --no-deps transformers==5.6.0 tokenizers==0.22.2 torchvision==0.28.0 xgrammar==0.2.0 \
   apache-tvm-ffi==0.1.9 llguidance==0.7.30
 echo "made $home/venv; now: python patches/scripts/table.py"

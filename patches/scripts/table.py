@@ -71,7 +71,7 @@ def show(results: dict[str, dict[str, Reports]]) -> None:
 
 
 def main() -> int:
-    """Measure what is asked for; 0 when every path of every release measured is ok after the patch."""
+    """Measure what is asked for; 0 when a release was measured, and of each every path is ok after the patch."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--versions", nargs="+", default=list(SUPPORTED), metavar="X")
     parser.add_argument("--again", action="store_true")
@@ -94,7 +94,7 @@ def main() -> int:
         if stock.verdict(report) != "ok"
     ]
     print(f"{len(results)} release(s) measured, after the patch not ok: {', '.join(bad) or 'none'}")
-    return bool(bad)
+    return bool(bad) or not results
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Runs a workflow on this machine, without containers: run_workflow.sh wheels [more options of act, as --job NAME, or
-# --matrix python:3.12, or --var TORCH=none].
+# --matrix python:3.12, or --var TORCH=none]. A part of the suite on one Python, which has to be on PATH:
+#   run_workflow.sh test --matrix python:3.12 --env ARGS=test/unit --env JOBS=1
 # It runs in a copy of the tree, uncommitted changes included. The actions it uses are replaced by those in act/, and
 # what the jobs hand on to each other, the wheels for example, is left in $ACT_ARTIFACTS.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-workflow=.github/workflows/${1:?usage: run_workflow.sh test|lint|wheels|nightly [options of act]}.yml
+workflow=.github/workflows/${1:?usage: run_workflow.sh test|patches|lint|wheels|nightly [options of act]}.yml
 shift
 for option; do # without containers act runs the steps all the same, and takes the wrong Python
   case $option in -n | --dryrun) echo "act's --dryrun is not one here" >&2 && exit 2 ;; esac
@@ -33,4 +34,4 @@ export XDG_CACHE_HOME=$work/cache # where act works; inside the tree it would co
 tools=$(dirname "$(dirname "$bin")") # as it is: the jobs need not install it again
 "$bin/act" "${ACT_EVENT:-push}" --directory "$work/tree" --workflows "$workflow" --platform ubuntu-24.04=-self-hosted \
   --concurrent-jobs 1 --action-offline-mode "${replaced[@]}" --env MANYLINUX_IMAGE= --env MANYLINUX_POLICY= \
-  --env "ACT_ARTIFACTS=$ACT_ARTIFACTS" --env "CI_TOOLS=$tools" "$@"
+  --env PIP_PROGRESS_BAR=off --env "ACT_ARTIFACTS=$ACT_ARTIFACTS" --env "CI_TOOLS=$tools" "$@"

@@ -13,7 +13,7 @@ from sglang.srt.errors import ConfigError
 from sglang.srt.layers.rotary import RotaryEmbedding
 from sglang.srt.ops import attention
 from sglang.srt.ops.activation import silu_and_mul
-from sglang.srt.ops.linear import dense_linear, linear_reference
+from sglang.srt.ops.linear import dense_linear, head_logits, linear_reference
 from sglang.srt.ops.norm import fused_add_rms_norm, rms_norm
 from sglang.srt.ops.op import Op
 from sglang.srt.ops.rope import rotate_
@@ -88,6 +88,16 @@ def test_linear(rows: int, outputs: int, bias: bool) -> None:
 def test_linear_bfloat16() -> None:
     x, weight = torch.randn(16, 64).bfloat16(), torch.randn(32, 64).bfloat16()
     assert torch.equal(dense_linear(x, weight), F.linear(x, weight))
+
+
+def test_wide_logits_are_not_rounded() -> None:
+    x, weight = torch.randn(5, 64).bfloat16(), torch.randn(100, 64).bfloat16()
+    expected, out = x.double() @ weight.double().t(), torch.empty(5, 100)
+    close(head_logits(x, weight, torch.float32), expected, atol=2e-5)
+    close(head_logits(x, weight, torch.float32, out), expected, atol=2e-5)
+    close(out, expected, atol=2e-5)
+    rounded = head_logits(x, weight, torch.bfloat16)
+    assert rounded.dtype == torch.bfloat16 and (rounded - expected).abs().max() > 1e-3
 
 
 def test_op_falls_back_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -6,19 +6,27 @@ makes the environment in it. Nothing is fetched unless asked for.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[1]
 SOURCES = REPOSITORY / "patches" / "src"
 HOME = Path(os.environ.get("STOCK_SGLANG") or Path(tempfile.gettempdir()) / "stock-sglang")
 PYTHON = HOME / "venv" / "bin" / "python"
 HOW = "patches/scripts/stock_venv.sh makes the scratch environment, patches/scripts/table.py fetches the wheels"
+
+ASKED_FOR = bool(os.environ.get("STOCK_SGLANG")) and PYTHON.exists()
+MISSING = f"STOCK_SGLANG names no scratch folder: {HOW}"
 
 
 def environment():
@@ -74,18 +82,60 @@ def checked_apply(version):
     shutil.rmtree(tree, ignore_errors=True)
     shutil.copytree(stock_tree(version), tree, copy_function=_link)
     with tempfile.TemporaryDirectory() as stubs:
-        start = (
-            f"import sys; sys.path.append({str(Path(__file__).parent)!r}); import stock_stub; stock_stub.on_demand()"
-        )
-        Path(stubs, "sitecustomize.py").write_text(start + "\n")
-        env = environment()
-        env["PYTHONPATH"] = os.pathsep.join((env["PYTHONPATH"], stubs))
+        env = stubbed(stubs, SOURCES)
         for step in ("apply", "verify", "revert"):
             command = [str(PYTHON), "-m", "sglang_lora_patch", step, "--site", str(tree)]
             done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(f"{step}: {done.stderr.strip()}")
     return 0
+
+
+def stubbed(folder, *paths, start=""):
+    """Variables for interpreters in which stock imports: `folder` gets the code that all of them start with."""
+    code = f"import sys; sys.path.append({str(HERE)!r}); import stock_stub; stock_stub.on_demand()\n{start}"
+    Path(folder, "sitecustomize.py").write_text(code)
+    return environment() | {"PYTHONPATH": os.pathsep.join(map(str, (*paths, folder)))}
+
+
+@contextlib.contextmanager
+def serve(tree, **variables):
+    """Stock's HTTP server, from `tree`, with these variables: its address and the file that it writes to.
+
+    Every process of it reads our `.pth` file as the interpreter does with one in site-packages.
+    """
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        env = stubbed(folder, tree, start=f"import site; site.addsitedir({str(SOURCES)!r})\n") | variables
+        env["TMPDIR"] = folder  # its sockets and the model go when this ends, though it is killed
+        env["SGLANG_GRPC_PORT"] = str(free_port())  # otherwise the port plus 10000, which may not exist
+        log = Path(folder, "log")
+        with log.open("w") as out:
+            command = [str(PYTHON), "-W", "ignore", str(HERE / "stock_server.py"), str(port)]
+            process = subprocess.Popen(command, env=env, stdout=out, stderr=out, cwd=folder, start_new_session=True)
+        try:
+            wait_for(log, "ready to roll", process)
+            yield f"http://127.0.0.1:{port}", log
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its children are in its session
+            process.wait()
+
+
+def free_port():
+    """A TCP port of this machine that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def wait_for(log, text, process=None, seconds=180):
+    """Until the file has this text; RuntimeError when time runs out, or the process that writes it ends."""
+    deadline = time.monotonic() + seconds
+    while text not in log.read_text(errors="replace"):
+        if time.monotonic() > deadline or (process and process.poll() is not None):
+            raise RuntimeError(f"no {text!r} in the log:\n{log.read_text(errors='replace')[-3000:]}")
+        time.sleep(0.05)
 
 
 def _link(source, target):
@@ -96,7 +146,7 @@ def _link(source, target):
 
 def drive(tree, *paths, hook=False, seconds=300):
     """The driver's reports by path."""
-    driver = Path(__file__).with_name("stock_driver.py")
+    driver = HERE / "stock_driver.py"
     env = environment() | ({"STOCK_HOOK": "1"} if hook else {})
     command = [str(PYTHON), "-W", "ignore", str(driver), str(tree), *paths]
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds, check=False)

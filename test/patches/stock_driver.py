@@ -558,7 +558,30 @@ async def measure(function, modules, arguments):
     return report
 
 
-def prepare(tree):
+def settings(server_args, model, **more):
+    """Arguments of a server for a small model, whose configuration is written into the folder `model`."""
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "vocab_size": 128}
+    config |= {"intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config |= {"max_position_embeddings": 64, "torch_dtype": "float32", "bos_token_id": 1, "eos_token_id": 2}
+    Path(model, "config.json").write_text(json.dumps(config))
+    return server_args(
+        model_path=model,
+        skip_tokenizer_init=True,
+        enable_lora=True,
+        max_lora_rank=8,
+        lora_target_modules=["q_proj"],
+        max_loras_per_batch=2,
+        max_loaded_loras=3,
+        device="cpu",
+        attention_backend="torch_native",
+        sampling_backend="pytorch",
+        disable_cuda_graph=True,
+        lora_backend="triton",
+        **more,
+    )
+
+
+def prepare(tree, model):
     """Import stock from `tree` and return what the paths need."""
     sys.path.insert(0, str(Path(__file__).parent))
     import stock_stub
@@ -575,25 +598,7 @@ def prepare(tree):
         tm.sock_send = lambda sock, message: sock.take(message)
         tm.async_sock_send = lambda sock, message: sock.send_pyobj(message)
         tm.async_sock_recv = lambda sock: sock.recv_pyobj()
-    model = tempfile.mkdtemp(prefix="stock-model-")
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "vocab_size": 128}
-    config |= {"intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config |= {"max_position_embeddings": 64, "torch_dtype": "float32", "bos_token_id": 1, "eos_token_id": 2}
-    Path(model, "config.json").write_text(json.dumps(config))
-    args = server_args.ServerArgs(
-        model_path=model,
-        skip_tokenizer_init=True,
-        enable_lora=True,
-        max_lora_rank=8,
-        lora_target_modules=["q_proj"],
-        max_loras_per_batch=2,
-        max_loaded_loras=3,
-        device="cpu",
-        attention_backend="torch_native",
-        sampling_backend="pytorch",
-        disable_cuda_graph=True,
-        lora_backend="triton",
-    )
+    args = settings(server_args.ServerArgs, model)
     context = None
     with contextlib.suppress(ModuleNotFoundError):
         context = importlib.import_module("sglang.srt.runtime_context")
@@ -608,7 +613,8 @@ def main():
     logging.disable(logging.CRITICAL)
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    modules, arguments = prepare(tree)
+    model = tempfile.TemporaryDirectory(prefix="stock-model-")
+    modules, arguments = prepare(tree, model.name)
     origin = Path(modules["tm"].__file__)
     if tree.resolve() not in origin.resolve().parents:
         raise SystemExit(f"another sglang was imported: {origin}")
@@ -622,6 +628,7 @@ def main():
             report = {"error": f"{type(error).__name__}: {error}"}
         out.write(json.dumps({"path": name, "patched": patched, **report}) + "\n")
         out.flush()
+    model.cleanup()
     os._exit(0)
 
 

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import stock
 
 VERSIONS = ("0.5.9", "0.5.10", "0.5.11", "0.5.12", "0.5.21")
 LEAKS = ("abort_queued", "n4", "load_evicts_busy")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not os.environ.get("STOCK_SGLANG") or not stock.PYTHON.exists(),
-        reason=f"STOCK_SGLANG names no scratch folder: {stock.HOW}",
-    ),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not stock.ASKED_FOR, reason=stock.MISSING)]
 
 
 @pytest.fixture(params=VERSIONS)

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -69,6 +70,11 @@ def test_a_chat_template_is_used_where_there_is_one(tiny):
     with_system = chat_prompt(tiny, "hi", system="be brief", template={"enable_thinking": False})
     assert with_system.startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhi")
     assert chat_prompt(Plain(), "hi", system="be brief") == "be brief\n\nhi"
+    shown = chat_prompt(tiny, "hi", examples=[("1+1=", "2")])
+    assert shown.startswith(
+        "<|im_start|>user\n1+1=<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n<|im_start|>user\nhi"
+    )
+    assert chat_prompt(Plain(), "3+4=", system="add", examples=[("1+1=", "2")]) == "add\n\n1+1=\n2\n\n3+4="
 
 
 def test_transformers_tokenizers_will_do(tmp_path):
@@ -210,6 +216,10 @@ def test_the_real_reasoning_gym(tiny):
         assert task.score(problem, f"It is {problem.answer.entry['answer']}.", "stop") == 1.0
         assert task.score(problem, "It is 123456789.", "stop") < 1.0
     assert len(task.evals()["long"]) == 5
+    tens = next(p for p in problems if p.key.startswith("chain_sum"))
+    nearly = f"It is {tens.answer.entry['answer']}0."
+    strict = replace(tens, answer=replace(tens.answer, partial=False))
+    assert 0 < task.score(tens, nearly, "stop") < 1 and task.score(strict, nearly, "stop") == 0.0
     assert [p.prompt for p in first(task, 30)] == [p.prompt for p in problems]
 
 

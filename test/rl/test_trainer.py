@@ -12,7 +12,7 @@ import torch
 from rl.trainer_cases import make_batches, make_model, make_recipe, run
 
 from sglang.rl.batching import collate
-from sglang.rl.policy import load_policy
+from sglang.rl.policy import _logprobs, load_policy
 from sglang.rl.samples import Sample
 from sglang.rl.trainer import Trainer
 
@@ -46,6 +46,17 @@ def test_log_probabilities_are_the_models(model: Path, tmp_path: Path) -> None:
     want = (logits[0, :-1] / 0.8).log_softmax(-1).gather(1, torch.tensor([[9, 2, 7, 7, 30]]).T).squeeze(1)
     torch.testing.assert_close(got[0, 1:], want)
     assert got.shape == (2, 6) and got[0, 0] == 0
+
+
+def test_wide_logits_are_not_rounded() -> None:
+    torch.manual_seed(0)
+    head, hidden = torch.nn.Linear(32, 100, bias=False).bfloat16(), (4 * torch.randn(50, 32)).bfloat16()
+    targets = torch.arange(50)
+    logits = hidden.double() @ head.weight.double().t() / 0.8
+    want = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    with torch.no_grad():
+        rounded, wide = (_logprobs(head, hidden, targets, 0.8, fp32) for fp32 in (False, True))
+    assert (wide - want).abs().max() < 1e-5 < 1e-3 < (rounded - want).abs().max()
 
 
 def test_an_update_does_not_depend_on_micro_batches(model: Path, tmp_path: Path) -> None:

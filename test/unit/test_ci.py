@@ -39,7 +39,7 @@ def _steps(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def test_all_are_found() -> None:
-    assert {path.stem for path in WORKFLOWS} == {"lint", "nightly", "test", "wheels"}
+    assert {path.stem for path in WORKFLOWS} == {"lint", "nightly", "patches", "test", "wheels"}
     assert {path.stem for path in DOCKERFILES} == {"cuda", "rocm"}
 
 

@@ -100,6 +100,7 @@ def test_flags_reach_their_owners(args: ServerArgs):
             dtype="half",
             kv_cache_dtype="bf16",
             random_seed=5,
+            enable_fp32_lm_head=True,
             max_total_tokens=4096,
             max_queued_requests=9,
             max_running_requests=3,
@@ -119,7 +120,7 @@ def test_flags_reach_their_owners(args: ServerArgs):
     )
     assert config.model.context_length == 100
     assert (config.load.dtype, config.memory.kv_cache_dtype) == ("float16", "bfloat16")
-    assert config.load.random_seed == 5
+    assert config.load.random_seed == 5 and config.load.fp32_lm_head
     assert (config.memory.max_total_tokens, config.memory.page_size) == (4096, 16)
     schedule = config.schedule
     assert (schedule.max_queued_requests, schedule.max_running_requests) == (9, 3)

@@ -38,10 +38,13 @@ class ModelSection(_Section, frozen=True, kw_only=True):
         path: directory in Hugging Face's format, a .gguf file, or a name that the server knows; looked for beside the
             recipe first.
         dtype: the trainer computes in it; float32, bfloat16 or float16. The adapter is kept in float32.
+        fp32_lm_head: logits are float32; with it servers should have --enable-fp32-lm-head. Rounded to bfloat16 they
+            are off by more than the rest of a small model's arithmetic, on both sides, each in its own way.
     """
 
     path: str
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    fp32_lm_head: bool = False
     lora: LoraSection = LoraSection()
     gradient_checkpointing: bool = True
 

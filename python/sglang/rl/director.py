@@ -7,6 +7,7 @@ started again gets the current policy before it is asked for anything else.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import time
 from collections.abc import Mapping
@@ -100,6 +101,9 @@ class Director:
             watch=self._watch,
         )
         self._log = RunLog(out, recipe.steps)
+        self._draws = importlib.util.find_spec("matplotlib") is not None
+        if not self._draws:
+            logger.warning("matplotlib is not installed: no curves are drawn")
         self._adapter: Mapping[str, Tensor] | None = None
         self._number = 0
 
@@ -148,9 +152,9 @@ class Director:
         return Evaluation(found, probe[:PROBES])
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of the log; after an evaluation the curves are drawn anew."""
+        """One line of the log; after an evaluation the curves are drawn anew, where there is matplotlib."""
         self._log.log(step, values)
-        if any(name.startswith(metrics.EVAL) for name in values):
+        if self._draws and any(name.startswith(metrics.EVAL) for name in values):
             plot_curves(self._out / metrics.FILE, self._out / "curves.png")
 
     # ---- what outlives a process -----------------------------------------------------------------------------------

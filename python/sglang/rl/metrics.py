@@ -153,6 +153,8 @@ def summary(values: Mapping[str, float | None]) -> str:
     shown = [
         (REWARD_MEAN, "reward", "{:.3f}"),
         *((name, label, "{:.3f}") for name, label in evals),
+        (RATIO_MEAN, "weight", "{:.4f}"),
+        (LOGP_GAP_MEAN, "gap", "{:.1e}"),
         (SYNC_SECONDS, "sync", "{:.2f} s"),
         (TOKENS_PER_SECOND, "tokens/s", "{:,.0f}"),
     ]

@@ -1,7 +1,7 @@
 """Pictures of runs, drawn from their metrics.jsonl alone.
 
-Called by `train` at its end and by whoever compares runs. Owns no state: matplotlib is imported when something is
-drawn, without pyplot, so that no display is needed and no global figure is left behind.
+Called by `director` after every evaluation and by whoever compares runs. Owns no state: matplotlib is imported when
+something is drawn, without pyplot, so that no display is needed and no global figure is left behind.
 """
 
 from __future__ import annotations

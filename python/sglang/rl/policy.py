@@ -28,11 +28,15 @@ class Policy(nn.Module):
     """Log-probabilities of given tokens.
 
     One module around everything, so that sharding sees one forward: the head is applied inside it, in pieces.
+
+    Args:
+        fp32_lm_head: whether logits are float32, whatever the model computes in.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, fp32_lm_head: bool = False) -> None:
         super().__init__()
         self.model = model
+        self._fp32_lm_head = fp32_lm_head
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, temperature: float) -> Tensor:
         """float32 [B, L]: of input_ids[:, t] given the tokens before; 0 at t = 0.
@@ -48,7 +52,7 @@ class Policy(nn.Module):
         rows, targets = hidden[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
         # No logits are kept for the backward pass: a piece at a time is computed again.
         parts = [
-            checkpoint(_logprobs, head, part, target, temperature, use_reentrant=False)
+            checkpoint(_logprobs, head, part, target, temperature, self._fp32_lm_head, use_reentrant=False)
             for part, target in zip(torch.split(rows, LOGIT_ROWS), torch.split(targets, LOGIT_ROWS), strict=True)
         ]
         found = torch.cat(parts).view(len(input_ids), -1)
@@ -61,8 +65,8 @@ class Policy(nn.Module):
             yield
 
 
-def _logprobs(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    logits = head(hidden).float()
+def _logprobs(head: Any, hidden: Tensor, targets: Tensor, temperature: float, fp32: bool) -> Tensor:
+    logits = nn.functional.linear(hidden.float(), head.weight.float()) if fp32 else head(hidden).float()
     if temperature != 1.0:
         logits = logits / temperature
     chosen: Tensor = logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(-1)
@@ -98,7 +102,7 @@ def load_policy(section: ModelSection, device: torch.device, seed: int) -> Polic
     if section.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.enable_input_require_grads()  # type: ignore[no-untyped-call]
-    policy = Policy(model).to(device)
+    policy = Policy(model, section.fp32_lm_head).to(device)
     if dist.is_initialized():
         _shard(policy, dtype)
     return policy

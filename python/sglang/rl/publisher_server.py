@@ -36,6 +36,13 @@ _LEAK = (
 )
 
 
+_FULL = (
+    "it has not loaded {}. A stock server that has as many adapters as --max-loaded-loras first unloads the one used "
+    "least recently (of {}), and waits for the users that it counts there; it loses count (aborts, disconnects, "
+    "n > 1), and then waits for ever: restart it, or install the fix for stock servers there"
+)
+
+
 class Refused(SglangError):
     """A server's reply that is not a success.
 
@@ -203,9 +210,11 @@ class Server:
         try:
             persistently(attempt, deadline)
         except TransportError as error:
-            if self.stuck is None:
-                raise
-            raise TransportError(f"{error}; {_LEAK.format(self.stuck)}") from error
+            if self.stuck is not None:
+                raise TransportError(f"{error}; {_LEAK.format(self.stuck)}") from error
+            if self.loaded and deadline.passed:
+                raise TransportError(f"{error}; {_FULL.format(name, ', '.join(self.loaded))}") from error
+            raise
         self.stuck = None
         self._unanswered.discard(name)
         if name not in self.loaded:

@@ -167,9 +167,13 @@ def _receive(connection: http.client.HTTPConnection, sock: socket.socket | None,
     response = connection.getresponse()
     pieces = []
     try:
-        while piece := response.read1(1 << 20):
-            pieces.append(piece)
+        # From Python 3.12 on the last byte closes the response, and the socket with it.
+        while not response.isclosed():
             sock.settimeout(deadline.left())
+            piece = response.read1(1 << 20)
+            if not piece:
+                break
+            pieces.append(piece)
         if response.length:
             raise http.client.IncompleteRead(b"", response.length)
     finally:

@@ -106,6 +106,7 @@ class ServerArgs:
     dtype: Annotated[str, Arg("auto, float32 (float), bfloat16, or float16 (half)")] = "auto"
     quantization: str | None = None
     kv_cache_dtype: Annotated[str, Arg("auto (as the model) or bfloat16 (bf16)")] = "auto"
+    enable_fp32_lm_head: Annotated[bool, Arg("logits in float32, not rounded to --dtype")] = False
 
     # Memory and scheduling
     mem_fraction_static: Annotated[float | None, Arg("share of the memory for weights and KV cache, in (0, 1)")] = None

@@ -180,7 +180,7 @@ class LoraDelta:
         u: [T, columns], bf16 on a GPU, the activations' dtype elsewhere; adjacent columns, any row stride.
         slabs, site, batch: whose B is to be applied to which rows.
         u_slot_stride: 0 when u is what shrink writes; site.u_width when u of the first slots lies side by side, as when
-            the rows of their A are the last rows of the projection's weight; no row has an adapter of another slot then.
+            the rows of their A are the last rows of the projection's weight; rows then have none of another slot.
 
     Raises:
         TypeError, ValueError: u has another dtype, shape, stride or device.

@@ -130,16 +130,25 @@ def plain_prompt(tokenizer: PromptTokenizer, text: str) -> str:
 
 
 def chat_prompt(
-    tokenizer: PromptTokenizer, question: str, *, system: str = "", template: Mapping[str, Any] | None = None
+    tokenizer: PromptTokenizer,
+    question: str,
+    *,
+    system: str = "",
+    examples: Sequence[tuple[str, str]] = (),
+    template: Mapping[str, Any] | None = None,
 ) -> str:
     """The question as a user's turn of the model's chat template; without one, as a plain text.
 
     Args:
+        examples: turns before it, each a question and the model's answer.
         template: variables of the chat template, e.g. ``{"enable_thinking": False}``.
     """
     if not tokenizer.chat_template:
-        return plain_prompt(tokenizer, f"{system}\n\n{question}" if system else question)
+        shown = [f"{asked}\n{answered}" for asked, answered in examples]
+        return plain_prompt(tokenizer, "\n\n".join([*filter(None, [system]), *shown, question]))
     messages = [{"role": "system", "content": system}] if system else []
+    for asked, answered in examples:
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     messages.append({"role": "user", "content": question})
     text: str = tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True, **dict(template or {})

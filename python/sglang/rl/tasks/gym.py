@@ -25,6 +25,9 @@ class GymOptions(Options, frozen=True, kw_only=True):
         weights: name -> how often, relative to the others; 1 unless given.
         extraction: how the answer is found in a text, of `rewards.EXTRACTORS`.
         system: message of the system; suffix: appended to every question.
+        partial: whether marks between 0 and 1, which some data sets give, count; if not they are 0, and a mean reward
+            is the share of right answers.
+        examples: questions with their answers, turns before every question: they show a weak model the form.
         template: variables of the chat template.
         size: problems of each data set before they come again; some data sets allow only small ones.
     """
@@ -33,18 +36,21 @@ class GymOptions(Options, frozen=True, kw_only=True):
     weights: dict[str, float] = {}
     extraction: str = "answer"
     system: str = ""
+    partial: bool = True
     suffix: str = "\nThink step by step, and end with a line that says Answer: and the final answer alone."
+    examples: tuple[tuple[str, str], ...] = ()
     template: dict[str, Any] = {}
     size: int = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class GymAnswer:
-    """What it takes to score: the data set, its entry, and the way to the answer."""
+    """What it takes to score: the data set, its entry, the way to the answer, and whether partial marks count."""
 
     dataset: Any
     entry: dict[str, Any]
     extraction: str
+    partial: bool
 
 
 class ReasoningGym(Task):
@@ -82,10 +88,11 @@ class ReasoningGym(Task):
                 self._counts["no_answer"] += 1
                 return 0.0
             try:
-                return float(answer.dataset.score_answer(found, answer.entry))
+                mark = float(answer.dataset.score_answer(found, answer.entry))
             except Exception:  # scorers parse what the model wrote, and not all expect anything
                 self._counts["scorer_failed"] += 1
                 return 0.0
+        return mark if answer.partial or mark == 1.0 else 0.0
 
     def counters(self) -> dict[str, int]:
         """Texts without an answer, and answers that broke the data set's own scorer."""
@@ -98,9 +105,12 @@ class ReasoningGym(Task):
         dataset = self._dataset(options, name, seed)
         entry = dataset[index % len(dataset)]
         question = entry["question"] + options.suffix
+        prompt = chat_prompt(
+            self.tokenizer, question, system=options.system, examples=options.examples, template=options.template
+        )
         return Problem(
-            prompt=chat_prompt(self.tokenizer, question, system=options.system, template=options.template),
-            answer=GymAnswer(dataset, entry, options.extraction),
+            prompt=prompt,
+            answer=GymAnswer(dataset, entry, options.extraction, options.partial),
             key=f"{name}/{kind}/{seed}/{index}",
         )
 

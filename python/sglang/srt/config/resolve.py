@@ -83,7 +83,13 @@ def resolve(args: ServerArgs) -> Config:
     seed = random.randrange(2**30) if args.random_seed is None else args.random_seed
     config = Config(
         model=model,
-        load=LoadSection(path=path, dtype=dtype, load_format=args.load_format, random_seed=seed),
+        load=LoadSection(
+            path=path,
+            dtype=dtype,
+            load_format=args.load_format,
+            random_seed=seed,
+            fp32_lm_head=args.enable_fp32_lm_head,
+        ),
         tokenizer=_tokenizer(args, path),
         memory=_memory(args, device, dtype),
         schedule=_schedule(args, device),

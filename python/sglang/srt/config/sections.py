@@ -22,12 +22,14 @@ class LoadSection(msgspec.Struct, frozen=True, kw_only=True):
         path: directory of safetensors + config.json, or a .gguf file (already resolved: exists on this machine).
         dtype: torch dtype name the model computes in: float32, bfloat16, float16.
         load_format: auto | safetensors | gguf | dummy (random weights, seeded).
+        fp32_lm_head: logits are float32, whatever the model computes in.
     """
 
     path: str
     dtype: str
     load_format: str = "auto"
     random_seed: int = 0
+    fp32_lm_head: bool = False
 
 
 class TokenizerSection(msgspec.Struct, frozen=True, kw_only=True):

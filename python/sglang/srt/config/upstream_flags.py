@@ -113,6 +113,7 @@ FLAGS: dict[str, Status] = {
         "weights are computed unquantized (GGUF files are dequantized)", allowed=("unquant", "gguf")
     ),
     "kv_cache_dtype": Implemented("memory.kv_cache_dtype", values=("auto", "bfloat16", "bf16")),
+    "enable_fp32_lm_head": Implemented("load.fp32_lm_head"),
     # Memory and scheduling
     "mem_fraction_static": Implemented("memory.mem_fraction_static"),
     "max_running_requests": Implemented("schedule.max_running_requests"),

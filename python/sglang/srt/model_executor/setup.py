@@ -107,7 +107,7 @@ def build_engine(config: Config) -> Engine:
         model, attention, pool, sampler, kv.table, schedule.max_running_requests, platform.device, lora
     )
     if config.device.cuda_graph_bs and isinstance(attention, CapturableAttention):
-        runner.capture(attention, config.device.cuda_graph_bs, resolve_dtype(config.load.dtype))
+        runner.capture(attention, config.device.cuda_graph_bs, model.logits_dtype)
     logger.info(
         "%s on %s, %s: weights loaded in %.1f s, KV cache %d tokens (%.2f GiB)",
         *(config.model.architecture, platform.device, config.load.dtype, load_seconds, kv.capacity, pool.nbytes / GIB),

@@ -40,6 +40,8 @@ def load_model(
     """
     started = time.perf_counter()
     model = model_class(config)(config, resolve_dtype(load.dtype), device, spare_rows)
+    if load.fp32_lm_head:
+        model.logits_dtype = torch.float32
     if load.load_format == "dummy":
         _fill_randomly(model, load.random_seed)
     else:

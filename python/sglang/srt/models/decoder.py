@@ -19,7 +19,7 @@ from sglang.srt.layers.rotary import RotaryEmbedding
 from sglang.srt.model_executor.forward_context import ForwardContext, LoRABatch
 from sglang.srt.models.weight_map import Cut, Parameter, Target, WeightMap
 from sglang.srt.ops.activation import silu_and_mul
-from sglang.srt.ops.linear import Product, embedding, linear, linear_out
+from sglang.srt.ops.linear import Product, embedding, head_logits, linear
 from sglang.srt.ops.norm import fused_add_rms_norm, rms_norm
 from sglang.srt.ops.rope import Heads, KVTarget, Rotation, attention_inputs
 from sglang.srt.platforms.platform import allocate_weights
@@ -68,6 +68,7 @@ class DecoderForCausalLM:
 
     Attributes:
         extended: [rows + spare rows, columns], by name, of the parameters that have any.
+        logits_dtype: the model's own, unless who loads it wants another.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class DecoderForCausalLM:
         spare_rows: Mapping[str, int] | None = None,
     ) -> None:
         self.config = config
+        self.logits_dtype = dtype
         self.weights = self.weight_map(config)
         shapes, spare = self.weights.shapes(), spare_rows or {}
         longer = {name: (shapes[name][0] + rows, *shapes[name][1:]) for name, rows in spare.items()}
@@ -144,9 +146,7 @@ class DecoderForCausalLM:
 
     def compute_logits(self, hidden: Tensor, lora: LoRABatch | None = None, out: Tensor | None = None) -> Tensor:
         """Logits [R, vocab_size] of `hidden` [R, H]: see CausalLM."""
-        if out is not None:
-            return linear_out(hidden, self.lm_head, out)
-        logits = linear(hidden, self.lm_head).contiguous()
+        logits = head_logits(hidden, self.lm_head, self.logits_dtype, out)
         if lora is not None and lora.changes("lm_head"):
             logits = logits.float()
             lora.add_(logits, hidden, "lm_head")

@@ -86,9 +86,21 @@ def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None)
     return dense_linear(x, weight, bias)
 
 
-def linear_out(x: Tensor, weight: Tensor | PackedWeight, out: Tensor) -> Tensor:
-    """x @ weight^T written to out, [T, O]; dense weights on a GPU."""
-    assert isinstance(weight, Tensor)
+def head_logits(x: Tensor, weight: Tensor | PackedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """x @ weight^T in a dtype that may be wider than the operands', contiguous [T, V].
+
+    Args:
+        out: where to write it, dense weights only; None allocates.
+    """
+    if isinstance(weight, PackedWeight):
+        assert out is None
+        return packed_linear(x, weight).to(dtype).contiguous()
+    if dtype != x.dtype and x.is_cuda:
+        return torch.mm(x, weight.t(), dtype, out=out)  # the sums of the same product, not rounded
+    if dtype != x.dtype:
+        return torch.mm(x.to(dtype), weight.to(dtype).t(), out=out)
+    if out is None:
+        return linear(x, weight).contiguous()
     return fused.skinny_gemm(x, weight, out) if is_skinny(x, weight) else torch.mm(x, weight.t(), out=out)
 
 
