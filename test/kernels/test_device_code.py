@@ -46,7 +46,7 @@ KERNELS = {
     "activation": {"silu_and_mul", *(f"silu_and_mul_{term}" for term in _TERMS)},
     "expand": {"lora_expand_add_16", "lora_expand_add_64"},
     "gemm": {
-        *(f"skinny_gemm_{shape}" for shape in ("8", "16", "32x64", "64x64", "64x128")),
+        *(f"skinny_gemm_{shape}" for shape in ("8", "16", "32x64", "64x64", "64x96", "64x128")),
         *(f"lora_shrink_{shape}" for shape in ("16", "64x64")),
     },
     "norm": {"fused_add_rmsnorm", *(f"fused_add_rmsnorm_{term}" for term in _TERMS)},

@@ -13,7 +13,7 @@ from kernels.emulator.numbers import NAN, Bits, assert_rounded_once, padded, ran
 from kernels.emulator.tiling import tiling
 
 STREAMS = ("skinny_gemm_8", "skinny_gemm_16")
-TILES = ("skinny_gemm_32x64", "skinny_gemm_64x64", "skinny_gemm_64x128")
+TILES = ("skinny_gemm_32x64", "skinny_gemm_64x64", "skinny_gemm_64x96", "skinny_gemm_64x128")
 
 
 @dataclass
@@ -113,6 +113,7 @@ def check_product(vendor: str, tokens: int, n: int, k: int, **launch: object) ->
         ("skinny_gemm_32x64", 17, 200, 520),
         ("skinny_gemm_32x64", 31, 72, 64),
         ("skinny_gemm_64x64", 33, 136, 328),
+        ("skinny_gemm_64x96", 50, 200, 392),
         ("skinny_gemm_64x128", 64, 136, 264),
     ],
 )

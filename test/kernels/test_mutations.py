@@ -284,8 +284,8 @@ TILE_MUTANTS = {
     "does not wait for the previous kernel": Mutant(TILE_GEMM, "    wait_for_previous_kernel();\n", "", EARLY, HIP),
     "wrong row of a fragment": Mutant(
         TILE_GEMM,
-        "row_tile + swizzle(warp_id() * 16 + row,",
-        "row_tile + swizzle(warp_id() * 16 + (row ^ 8),",
+        "row_tile + swizzle(first + h * 16 + row,",
+        "row_tile + swizzle(first + h * 16 + (row ^ 8),",
         NUMBERS,
         HIP,
     ),
@@ -302,11 +302,14 @@ TILE_MUTANTS = {
     "reads behind the end of the sum": Mutant(
         TILE_GEMM, "source != nullptr && k < k_end", "source != nullptr", f"{OUTSIDE}|{NUMBERS}"
     ),
-    "adds the first part twice": Mutant(
-        TILE_GEMM, "for (int other = 1; other < parts", "for (int other = 0; other < parts", NUMBERS
+    "leaves the first part out": Mutant(
+        TILE_GEMM, "for (int other = 0; other < parts", "for (int other = parts > 1; other < parts", NUMBERS
     ),
-    "starts with its own part": Mutant(
-        TILE_GEMM, "cluster_load(place, 0)", "cluster_load(place, cluster_rank())", NUMBERS
+    "adds its own part only": Mutant(TILE_GEMM, "(kSums / 4), other)", "(kSums / 4), cluster_rank())", NUMBERS),
+    "adds one half twice": Mutant(TILE_GEMM, "place + h * (kSums / 4)", "place", NUMBERS),
+    "both halves take the same columns": Mutant(TILE_GEMM, "warp_id() / kGroups * kSteps + i;", "i;", NUMBERS),
+    "both halves store to one place": Mutant(
+        TILE_GEMM, "part + warp_id() / kGroups * kSums + warp_id()", "part + warp_id()", f"{RACE}|{NUMBERS}"
     ),
     "no barrier before the sums are read": Mutant(
         TILE_GEMM, "    cluster_barrier();\n    constexpr int kQuads", "    constexpr int kQuads", RACE, VENDORS

@@ -19,15 +19,17 @@ int choose_splits(const driver::Device& device, int tiles, int in_features, int 
 struct Tiling {
   const char* name;
   int rows, threads, shared_bytes;
+  int splits;  // 0: to be chosen
 };
 
-Tiling gemm_tiling(int tokens, int out_features) {
+Tiling gemm_tiling(const driver::Device& device, int tokens, int out_features, int in_features) {
   const int warp = driver::kWarp;
-  if (tokens <= 8) return {"skinny_gemm_8", kStreamRows, kStreamThreads, stream_shared_bytes(warp, 8)};
-  if (tokens <= 16) return {"skinny_gemm_16", kStreamRows, kStreamThreads, stream_shared_bytes(warp, 16)};
-  if (tokens <= 32) return {"skinny_gemm_32x64", 64, gemm_threads(warp, 64), gemm_shared_bytes(warp, 64, 32)};
-  if (out_features >= 1024) return {"skinny_gemm_64x128", 128, gemm_threads(warp, 128), gemm_shared_bytes(warp, 128, 64)};
-  return {"skinny_gemm_64x64", 64, gemm_threads(warp, 64), gemm_shared_bytes(warp, 64, 64)};
+  if (tokens <= 8) return {"skinny_gemm_8", kStreamRows, kStreamThreads, stream_shared_bytes(warp, 8), 0};
+  if (tokens <= 16) return {"skinny_gemm_16", kStreamRows, kStreamThreads, stream_shared_bytes(warp, 16), 0};
+  if (tokens <= 32) return {"skinny_gemm_32x64", 64, gemm_threads(warp, 64), gemm_shared_bytes(warp, 64, 32), 0};
+  const int choice = gemm_choice(device.multiprocessors, device.max_cluster, out_features, in_features), rows = choice / 16;
+  const char* name = rows == 128 ? "skinny_gemm_64x128" : rows == 96 ? "skinny_gemm_64x96" : "skinny_gemm_64x64";
+  return {name, rows, gemm_threads(warp, rows), gemm_shared_bytes(warp, rows, 64), choice % 16};
 }
 
 // y = x W^T; with a site also u = x A^T of the rows of every live slot, by `workers` more clusters.
@@ -51,9 +53,11 @@ void skinny_gemm(TensorView x, TensorView weight, TensorView y, ffi::Optional<Te
   args.tokens = tokens;
   args.in_features = static_cast<int32_t>(x.size(1));
   args.out_features = static_cast<int32_t>(weight.size(0));
-  const Tiling tiling = gemm_tiling(tokens, args.out_features);
+  const Tiling tiling = gemm_tiling(device, tokens, args.out_features, args.in_features);
   args.base_tiles = ceil_div(args.out_features, tiling.rows);
-  args.num_splits = splits > 0 ? static_cast<int>(splits) : choose_splits(device, args.base_tiles, args.in_features, 256);
+  args.num_splits = splits > 0      ? static_cast<int>(splits)
+                    : tiling.splits ? tiling.splits
+                                    : choose_splits(device, args.base_tiles, args.in_features, 256);
   if (slabs.has_value()) {
     check_matrix(u.value(), "u");
     args.site = unpack_site(slabs.value(), site);

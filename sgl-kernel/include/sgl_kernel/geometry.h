@@ -25,13 +25,32 @@ constexpr int stream_shared_bytes(int warp, int tokens) {
 
 // ---- products with a long sum (tile_gemm.h) ------------------------------------------------------------------------
 
+constexpr int gemm_halves(int warp) { return warp == 32 ? 2 : 1; }  // of K, for warps with the same token rows
 constexpr int gemm_threads(int warp, int rows) { return rows / 16 * warp; }
 constexpr int gemm_stages(int warp, int rows, int tokens) {
   if (warp == 64) return 2;  // copies are not asynchronous there, and 64 KiB is all there is
   return tokens == 32 ? 6 : 4;
 }
 constexpr int gemm_shared_bytes(int warp, int rows, int tokens) {
-  return larger(gemm_stages(warp, rows, tokens) * (rows + tokens) * 128, tokens * (rows + 4) * 4);
+  return larger(gemm_stages(warp, rows, tokens) * (rows + tokens) * 128, gemm_halves(warp) * tokens * (rows + 4) * 4);
+}
+// How long a product of 33 to 64 tokens takes with blocks of `rows` rows, K cut into `splits`, in elements of W that a
+// multiprocessor streams: as many rounds of blocks as it takes, each with its elements and what comes before and after them.
+constexpr int kGemmBlockCost = 20000;
+constexpr int gemm_cost(int multiprocessors, int out_features, int in_features, int rows, int splits) {
+  return ceil_div(ceil_div(out_features, rows) * splits, multiprocessors) * (rows * ceil_div(in_features, splits) + kGemmBlockCost);
+}
+// The best rows * 16 + splits; a part of K has at least 256 columns.
+constexpr int gemm_choice(int multiprocessors, int max_cluster, int out_features, int in_features) {
+  int best = 0, least = 0;
+  for (int rows = 128; rows >= 64; rows -= 32)
+    for (int splits = 1; splits <= max_cluster && (splits == 1 || in_features / splits >= 256); splits *= 2) {
+      const int cost = gemm_cost(multiprocessors, out_features, in_features, rows, splits);
+      if (best && cost >= least) continue;
+      best = rows * 16 + splits;
+      least = cost;
+    }
+  return best;
 }
 
 // ---- kernels that add a low-rank term (expand.h) -------------------------------------------------------------------

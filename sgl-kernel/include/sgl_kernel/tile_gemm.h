@@ -2,9 +2,12 @@
 //
 // A block computes kRows x kTokens sums over its part of K; the blocks of a cluster take the parts, and the parts are added in the order of
 // their ranks, so a result depends on K and the number of parts alone: not on the other rows, tokens or blocks.
+// Every warp reads all token rows out of shared memory, which is what limits it: on 32 lanes a warp therefore has 32 rows of weights,
+// and half of every slice of K.
 // Weights are static, so their first stages are on the way before the previous kernel has finished.
 #pragma once
 
+#include "geometry.h"
 #include "swizzle.h"
 #include "vendor.h"
 
@@ -14,19 +17,23 @@ template <int kRows_, int kTokens_, int kStages>
 struct TileGemm {
   static constexpr int kRows = kRows_;
   static constexpr int kTokens = kTokens_;
-  static constexpr int kThreads = kRows / 16 * kWarp;
+  static constexpr int kHalves = gemm_halves(kWarp);
+  static constexpr int kWarpRows = 16 * kHalves;
+  static constexpr int kGroups = kRows / kWarpRows;  // warps that share a half of K
+  static constexpr int kThreads = kGroups * kHalves * kWarp;
   static constexpr int kDepth = 64;  // of one stage
   static constexpr int kRowBytes = kDepth * 2;
   static constexpr int kStageBytes = (kRows + kTokens) * kRowBytes;
   static constexpr int kSumStride = kRows + 4;  // floats; spreads the lanes of a store over the banks
   static constexpr int kPipelineBytes = kStages * kStageBytes;
-  static constexpr int kSumBytes = kTokens * kSumStride * 4;
+  static constexpr int kSums = kTokens * kSumStride;
+  static constexpr int kSumBytes = kHalves * kSums * 4;
   static constexpr int kSharedBytes = kPipelineBytes > kSumBytes ? kPipelineBytes : kSumBytes;
   static constexpr int kLoaders = kThreads / 8;  // rows that the block copies at once
   static constexpr int kRowCopies = kRows / kLoaders;
   static constexpr int kTokenCopies = (kTokens + kLoaders - 1) / kLoaders;
 
-  Accumulator sums[kTokens / 16];
+  Accumulator sums[kHalves][kTokens / 16];  // of the warp's rows, sixteen and sixteen
 
   // Add up k_begin <= k < k_end, both multiples of 8. `row(r)` and `token(t)` give the start of a row of K, or null for zeros; `rows` of them exist.
   template <class Row, class Token>
@@ -68,7 +75,7 @@ struct TileGemm {
       async_commit();
     }
     clear();
-    const bool active = warp_id() * 16 < rows;
+    const bool active = warp_id() % kGroups * kWarpRows < rows;
     for (int step = 0; step < steps; ++step) {
       async_wait<kStages - 2>();
       barrier();
@@ -89,11 +96,14 @@ struct TileGemm {
   template <class Store>
   __device__ __forceinline__ void reduce(int rows, int tokens, Store store) {
     float* const part = reinterpret_cast<float*>(shared_memory());
+    float* const own = part + warp_id() / kGroups * kSums + warp_id() % kGroups * kWarpRows;
     SGL_UNROLL
-    for (int t = 0; t < kTokens / 16; ++t)
+    for (int h = 0; h < kHalves; ++h)
       SGL_UNROLL
-      for (int i = 0; i < Accumulator::kSize; ++i)
-        part[(t * 16 + Accumulator::column(i)) * kSumStride + warp_id() * 16 + Accumulator::row(i)] = sums[t].v[i];
+      for (int t = 0; t < kTokens / 16; ++t)
+        SGL_UNROLL
+        for (int i = 0; i < Accumulator::kSize; ++i)
+          own[(t * 16 + Accumulator::column(i)) * kSumStride + h * 16 + Accumulator::row(i)] = sums[h][t].v[i];
     cluster_barrier();
     constexpr int kQuads = kRows / 4;
     const int parts = cluster_size();
@@ -101,12 +111,14 @@ struct TileGemm {
       const int token = i / kQuads, row = i % kQuads * 4;
       if (row >= rows) continue;
       const Float4* place = reinterpret_cast<const Float4*>(part + token * kSumStride + row);
-      Float4 sum = cluster_load(place, 0);
-      for (int other = 1; other < parts; ++other) {
-        const Float4 more = cluster_load(place, other);
+      Float4 sum = {};
+      for (int other = 0; other < parts; ++other)
         SGL_UNROLL
-        for (int j = 0; j < 4; ++j) sum.v[j] += more.v[j];
-      }
+        for (int h = 0; h < kHalves; ++h) {
+          const Float4 more = cluster_load(place + h * (kSums / 4), other);
+          SGL_UNROLL
+          for (int j = 0; j < 4; ++j) sum.v[j] += more.v[j];
+        }
       store(row, token, sum);
     }
     if (parts > 1) cluster_barrier();  // nobody leaves while others read its sums
@@ -115,9 +127,11 @@ struct TileGemm {
  private:
   __device__ __forceinline__ void clear() {
     SGL_UNROLL
-    for (int t = 0; t < kTokens / 16; ++t)
+    for (int h = 0; h < kHalves; ++h)
       SGL_UNROLL
-      for (int i = 0; i < Accumulator::kSize; ++i) sums[t].v[i] = 0.f;
+      for (int t = 0; t < kTokens / 16; ++t)
+        SGL_UNROLL
+        for (int i = 0; i < Accumulator::kSize; ++i) sums[h][t].v[i] = 0.f;
   }
 
   SGL_DEVICE void copy(uint8_t* stage, int row, int chunk, const bf16* source, int k, int k_end) {
@@ -128,15 +142,21 @@ struct TileGemm {
   __device__ __forceinline__ void multiply(const uint8_t* stage) {
     const uint8_t* row_tile = stage;
     const uint8_t* token_tile = stage + kRows * kRowBytes;
-    SGL_UNROLL
-    for (int step = 0; step < kDepth / 16; ++step) {
-      const Fragment a =
-          load_fragment([&](int row, int half) { return row_tile + swizzle(warp_id() * 16 + row, step * 2 + half); });
+    const int first = warp_id() % kGroups * kWarpRows;
+    constexpr int kSteps = kDepth / 16 / kHalves;
+    SGL_NO_UNROLL  // registers for two blocks of 128 rows
+    for (int i = 0; i < kSteps; ++i) {
+      const int step = warp_id() / kGroups * kSteps + i;
+      Fragment a[kHalves];
+      SGL_UNROLL
+      for (int h = 0; h < kHalves; ++h)
+        a[h] = load_fragment([&](int row, int half) { return row_tile + swizzle(first + h * 16 + row, step * 2 + half); });
       SGL_UNROLL
       for (int t = 0; t < kTokens / 16; ++t) {
         const Fragment b =
             load_fragment([&](int row, int half) { return token_tile + swizzle(t * 16 + row, step * 2 + half); });
-        mma(sums[t], a, b);
+        SGL_UNROLL
+        for (int h = 0; h < kHalves; ++h) mma(sums[h][t], a[h], b);
       }
     }
   }

@@ -123,7 +123,7 @@ def skinny_gemm(
         kernel, rows, threads = f"skinny_gemm_{8 if tokens <= 8 else 16}", 16, 256
         shared = g("stream_shared_bytes", g.warp, 8 if tokens <= 8 else 16)
     else:
-        columns, rows = (32, 64) if tokens <= 32 else (64, 128 if outputs >= 1024 else 64)
+        columns, rows = (32, 64) if tokens <= 32 else (64, _choice(g, outputs, inputs) // 16)
         kernel, threads = f"skinny_gemm_{columns}x{rows}", g("gemm_threads", g.warp, rows)
         shared = g("gemm_shared_bytes", g.warp, rows, columns)
     extra: list[Any] = [None, NO_SITE, None, NO_SHAPE, None]
@@ -144,8 +144,14 @@ def skinny_gemm(
 
     # 512 columns make two parts of 256, if there are multiprocessors that would have nothing to do.
     cluster = 2 if tiles < 0.9 * MULTIPROCESSORS else 1
+    if tokens > 32:
+        cluster = _choice(g, outputs, inputs) % 16
     args = [x, weight, y, *extra, 0, overlap]
     return Call("skinny_gemm", args, kernel, threads, shared, clusters, 1, fields, cluster)
+
+
+def _choice(g: Geometry, outputs: int, inputs: int) -> int:
+    return g("gemm_choice", MULTIPROCESSORS, 8 if g.warp == 32 else 1, outputs, inputs)
 
 
 def lora_shrink(t: Tensors, g: Geometry, tokens: int, tile: int) -> Call:
@@ -266,7 +272,7 @@ Make = Callable[[Tensors, Geometry], Call]
 
 
 def _cases() -> Iterator[tuple[str, Make]]:
-    for tokens, outputs in ((1, 48), (8, 4096), (9, 200), (16, 32768), (17, 1000), (33, 512), (64, 1024)):
+    for tokens, outputs in ((1, 48), (8, 4096), (9, 200), (16, 32768), (17, 1000), (33, 512), (50, 9600), (64, 12800)):
         yield f"skinny_gemm-{tokens}-{outputs}", partial(skinny_gemm, tokens=tokens, outputs=outputs)
     for tokens, outputs in ((1, 96), (12, 2048), (64, 2048)):
         yield f"skinny_gemm-{tokens}-adapters", partial(skinny_gemm, tokens=tokens, outputs=outputs, adapters=True)
