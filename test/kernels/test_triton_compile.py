@@ -191,6 +191,18 @@ def test_attention_compiles(compiled: list[str], heads: int, dim: int, page_size
     assert set(compiled) == {"_decode", "_prefill"}
 
 
+@pytest.mark.parametrize("compiled", ["cuda"], indirect=True)
+def test_attention_that_starts_early_compiles(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.ops.triton import attention
+
+    monkeypatch.setattr(attention, "launches_early", lambda _: True)
+    q, pool = meta(ROWS, 16, 128, dtype=torch.bfloat16), meta(1024, 8, 128, dtype=torch.bfloat16)
+    kv = attention.PagedKV(pool, pool, meta(5, 9, dtype=torch.int32), 16)
+    index, out, counters = meta(4, dtype=torch.int64), q.view(ROWS, -1), meta(99, dtype=torch.int32)
+    attention.decode(q, out, kv, attention.Decodes(index, index, None, 4), attention.Splits(8, 64), counters, 0.1, None)
+    assert compiled == ["_decode"]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_rest_of_a_captured_step_compiles(compiled: list[str], dtype: torch.dtype) -> None:
     from sglang.srt.ops.triton import decode_step, sampling
