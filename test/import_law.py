@@ -22,6 +22,7 @@ FRONT_MANAGERS = (
     "adapter_staging",
     "control_client",
     "detokenizer",
+    "group_calls",
     "outbox",
     "pause_control",
     "request_builder",
@@ -36,6 +37,7 @@ FRONT_MANAGERS = (
 BACK_MANAGERS = (
     "admission",
     "batch",
+    "group_control",
     "invariants",
     "lora_control",
     "output_processor",

@@ -227,10 +227,12 @@ def test_deltas_are_checked(make_case):
     case = make_case([0, 1], [(3, 1), (8, 2)], outputs=(8, 8))
     u = torch.zeros(2, 16)
     case.delta(u)
+    case.delta(u, 16)
     case.delta(torch.zeros(2, 32), 16)
     for bad, stride, text in (
         (u[:, :15], 0, r"u has shape \[2, 15\]"),
-        (u, 16, r"it must be \[T, 32\]"),
+        (torch.zeros(2, 24), 16, "16 of them for each of 1 to 2 slots"),
+        (torch.zeros(2, 48), 16, "16 of them for each of 1 to 2 slots"),
         (torch.zeros(16, 2).t(), 0, "adjacent columns"),
         (u, 8, "u_slot_stride is 8; it must be 0 or the site's u_width 16"),
         (u.to("meta"), 0, "u is on meta"),

@@ -23,6 +23,16 @@ def test_our_recipes_load_and_say_why(name: str) -> None:
     assert recipe.model.path
 
 
+@pytest.mark.parametrize("name", sorted(p.stem for p in RECIPES.glob("*.yaml") if not p.stem.endswith("-collapse")))
+def test_our_recipes_have_an_unstable_one_beside_them(name: str) -> None:
+    stable, unstable = load_recipe(name), load_recipe(f"{name}-collapse")
+    assert (unstable.model, unstable.task, unstable.steps) == (stable.model, stable.task, stable.steps)
+    assert unstable.optim.lr > stable.optim.lr
+    assert unstable.optim.ppo_n_minibatches > stable.optim.ppo_n_minibatches
+    assert unstable.rollout.max_staleness > stable.rollout.max_staleness
+    assert not unstable.loss.recompute_logprob
+
+
 def test_a_recipe_extends_another(tmp_path: Path) -> None:
     write(tmp_path / "base.yaml", MINIMAL + "optim: {lr: 1e-3, max_tokens: 77}\nsteps: 5\n")
     child = write(tmp_path / "child.yaml", "extends: base\noptim: {lr: 2.0e-3}\n")

@@ -478,6 +478,13 @@ def test_a_load_whose_reply_was_lost_is_no_error_on_a_stock_server():
         assert a.count("/load_lora_adapter") == 2
 
 
+def test_a_stock_server_takes_no_broadcast():
+    a, b = FakeServer(), FakeServer(stock=True)
+    with fleet(a, b, transport="broadcast") as publisher:
+        error = refuses(publisher, adapter(), CONFIG)
+        assert (set(error.failures), a.count(STAGE)) == ({b.url}, 0)
+
+
 def test_a_name_that_somebody_else_has_taken_is_an_error():
     a = FakeServer(stock=True)
     with fleet(a) as publisher:

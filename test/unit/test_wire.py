@@ -21,11 +21,13 @@ GOLDEN_FIELDS: dict[str, tuple[str | None, str]] = {
     "AbortRequests": ("abort", "req_ids"),
     "Adapter": (None, "path nbytes modules base_copies"),
     "BackFailed": ("failed", "message"),
-    "CallReply": ("reply", "call_id success message stats"),
+    "CallReply": ("reply", "call_id success message stats code"),
     "ContinueCall": ("continue", "call_id"),
     "FinishInfo": (None, "matched message status_code err_type num_retractions was_running"),
     "FlushCacheCall": ("flush_cache", "call_id"),
     "FreeAdapterCall": ("free_adapter", "call_id version_id"),
+    "JoinGroupCall": ("join_group", "call_id name address port rank size backend seconds"),
+    "LeaveGroupCall": ("leave_group", "call_id name"),
     "PauseCall": ("pause", "call_id mode"),
     "Positions": (None, "counts ids logprobs"),
     "Ready": (
@@ -33,6 +35,7 @@ GOLDEN_FIELDS: dict[str, tuple[str | None, str]] = {
         "pid max_total_num_tokens max_req_input_len max_running_requests context_length device dtype memory_usage "
         "load_seconds",
     ),
+    "ReceiveCall": ("receive", "call_id group broadcast path nbytes seconds"),
     "RowLogprobs": (None, "input_logprobs input_top input_ids output_top output_ids"),
     "SamplingSpec": (
         None,
@@ -127,6 +130,12 @@ TO_BACK: list[tuple[Any, str]] = [
     ),
     (wire.FreeAdapterCall(6, 7), "93ac667265655f616461707465720607"),
     (wire.SwitchVersionCall(7, 7, 8), "94ae7377697463685f76657273696f6e070708"),
+    (
+        wire.JoinGroupCall(8, "g", "h", 29500, 1, 3, "gloo", 1.5),
+        "99aa6a6f696e5f67726f757008a167a168cd733c0103a4676c6f6fcb3ff8000000000000",
+    ),
+    (wire.LeaveGroupCall(9, "g"), "93ab6c656176655f67726f757009a167"),
+    (wire.ReceiveCall(10, "g", "b", "/p", 96, 1.5), "97a7726563656976650aa167a162a22f7060cb3ff8000000000000"),
 ]
 TO_FRONT: list[tuple[Any, str]] = [
     (
@@ -143,11 +152,11 @@ TO_FRONT: list[tuple[Any, str]] = [
         "92aa73746174735f70757368dc001601000000c300000000cb4004000000000000cb00000000000000000000000000cb00"
         "00000000000000cb000000000000000000900000",
     ),
-    (wire.CallReply(1, True, "ok"), "95a57265706c7901c3a26f6bc0"),
+    (wire.CallReply(1, True, "ok"), "96a57265706c7901c3a26f6bc0a0"),
     (
-        wire.CallReply(1, False, stats=STATS),
-        "95a57265706c7901c2a0dc001601000000c300000000cb4004000000000000cb00000000000000000000000000cb000000"
-        "0000000000cb000000000000000000900000",
+        wire.CallReply(1, False, stats=STATS, code="busy"),
+        "96a57265706c7901c2a0dc001601000000c300000000cb4004000000000000cb00000000000000000000000000cb000000"
+        "0000000000cb000000000000000000900000a462757379",
     ),
     (wire.BackFailed("why"), "92a66661696c6564a3776879"),
 ]

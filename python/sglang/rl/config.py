@@ -66,7 +66,8 @@ class ServerSection(_Section, frozen=True, kw_only=True):
 
     Fields:
         urls: servers that run already; empty starts one with `args` (flags of ``sglang.launch_server``).
-        transport: how adapters travel, see `publisher`.
+        transport: how adapters travel: auto, shm, bytes or broadcast, see `publisher`. A broadcast from a GPU needs
+            servers on other GPUs.
     """
 
     urls: tuple[str, ...] = ()

@@ -17,7 +17,9 @@ have, all commit. One that cannot stage leaves the whole fleet as it is. Modes:
 - `pause`: everything that runs is aborted and what comes waits until all servers have committed and flushed their
   caches. What trainers do to servers that cannot do better; here for comparison.
 
-Adapters travel as files in shared memory to servers of this host, as bytes to others. Stock SGLang servers take part
+Adapters travel as files in shared memory to servers of this host, as bytes to others; or, with the transport
+`broadcast`, to all versioned servers at once through a torch.distributed group of theirs and the trainer's: see
+`broadcast` for what that asks of GPUs and the network. Stock SGLang servers take part
 under names of their own kind, `lora_v{n}`: a name is loaded before anybody asks for it, so there is nothing to commit;
 a fleet with one of them uses such names throughout, so that `version.name` means the same everywhere. `switch` needs
 versioned servers.
@@ -33,7 +35,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglang.rl.publisher_package import DTYPES, DType, Package, gather
 from sglang.rl.publisher_run import Publication
@@ -41,9 +43,12 @@ from sglang.rl.publisher_server import Server, Transport
 from sglang.rl.publisher_version import MODES, PublishError, PublishMode, ServerReport, Settings, Version
 from sglang.rl.transport import SHARED_MEMORY
 
+if TYPE_CHECKING:
+    from sglang.rl.broadcast import Broadcaster
+
 __all__ = ["PublishError", "Publisher", "ServerReport", "Version", "gather"]
 
-TRANSPORTS: tuple[Transport, ...] = ("auto", "shm", "bytes")
+TRANSPORTS: tuple[Transport, ...] = ("auto", "shm", "bytes", "broadcast")
 
 
 class Publisher:
@@ -53,7 +58,8 @@ class Publisher:
         servers: one URL or several.
         name: what versioned servers know the policy by.
         mode: see the module; `publish` can be told another one.
-        transport: `shm`, `bytes`, or `auto` for shared memory where server and trainer are on one host.
+        transport: `shm`, `bytes`, `broadcast`, or `auto` for shared memory where server and trainer are on one host and
+            bytes elsewhere.
         keep_last: how many names of the kind `lora_v{n}` stay loaded; older ones are unloaded.
         timeout: seconds for each phase.
         grace: in mode pause, seconds that requests have to end, after the pause and again after an abort.
@@ -100,6 +106,7 @@ class Publisher:
         self._followers: list[Callable[[Version], None]] = []
         self._lock = threading.Lock()
         self._closed = False
+        self._broadcaster = _broadcaster(name) if transport == "broadcast" else None
         for url in [servers] if isinstance(servers, str) else servers:
             self.add_server(url)
         if not self._servers:
@@ -157,7 +164,8 @@ class Publisher:
             started = time.perf_counter()
             package = Package(*gather(adapter, config), dtype=self.settings.dtype)
             self._number += 1
-            publication = Publication(self.settings, package, mode, self._number, dict(self._servers), started)
+            servers = dict(self._servers)
+            publication = Publication(self.settings, package, mode, self._number, servers, started, self._broadcaster)
             try:
                 version = publication.run()
             finally:
@@ -175,9 +183,18 @@ class Publisher:
         """Publish nothing any more, once a publication that is on has ended; servers keep what they serve."""
         with self._lock:
             self._closed = True
+            if self._broadcaster is not None:
+                self._broadcaster.close()
 
     def __enter__(self) -> Publisher:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def _broadcaster(name: str) -> Broadcaster:
+    """Imported here alone: it needs torch, which other transports do without."""
+    from sglang.rl.broadcast import Broadcaster
+
+    return Broadcaster(f"publish-{name}")

@@ -42,6 +42,7 @@ class Package:
     Attributes:
         config: adapter_config.json.
         header, data: together a safetensors image; data is uint8 [nbytes].
+        on_device: data, as a torch tensor, where the tensors are, if that is a GPU.
 
     Raises:
         ValueError, TypeError: there are no tensors, or one that cannot be sent; names it.
@@ -56,7 +57,13 @@ class Package:
         if len(named) != len(tensors):
             raise ValueError("two tensors have the same name; give the tensors of one adapter")
         self.shapes = {name: tuple(int(n) for n in tensor.shape) for name, tensor in named.items()}
-        self.data = _torch_bytes(named, dtype) if _all_torch(named) else _numpy_bytes(named, dtype)
+        self.on_device: Any = None
+        if _all_torch(named):
+            joined = _torch_bytes(named, dtype)
+            self.on_device = joined if joined.is_cuda else None
+            self.data: NDArray[np.uint8] = joined.cpu().numpy()
+        else:
+            self.data = _numpy_bytes(named, dtype)
         self.header = self._make_header()
         self._digest: str | None = None
         self._pickle: str | None = None
@@ -79,6 +86,18 @@ class Package:
     def image(self) -> list[bytes | memoryview]:
         """The safetensors image, in pieces."""
         return [self.header, self.data.data]
+
+    def tensor(self) -> Any:
+        """The image as a torch tensor, uint8 [nbytes], on the device where the tensors are."""
+        import torch
+
+        data = torch.from_numpy(self.data) if self.on_device is None else self.on_device
+        image = torch.empty(self.nbytes, dtype=torch.uint8, device=data.device)
+        image[: len(self.header)] = torch.frombuffer(bytearray(self.header), dtype=torch.uint8).to(data.device)
+        image[len(self.header) :] = data
+        if image.is_cuda:
+            torch.cuda.current_stream(image.device).synchronize()  # it is read by another stream
+        return image
 
     def files(self) -> dict[str, list[bytes | memoryview]]:
         """What the directory of an adapter holds."""
@@ -195,8 +214,8 @@ def _all_torch(tensors: Mapping[str, Any]) -> bool:
     return all(hasattr(tensor, "detach") and hasattr(tensor, "data_ptr") for tensor in tensors.values())
 
 
-def _torch_bytes(tensors: Mapping[str, Any], dtype: DType) -> NDArray[np.uint8]:
-    """All tensors behind each other: rounded and joined on their own device, then copied from it once."""
+def _torch_bytes(tensors: Mapping[str, Any], dtype: DType) -> Any:
+    """All tensors behind each other, rounded: a torch tensor, uint8 [nbytes], on their own device."""
     import torch
 
     kind = getattr(torch, dtype)
@@ -207,8 +226,7 @@ def _torch_bytes(tensors: Mapping[str, Any], dtype: DType) -> NDArray[np.uint8]:
         parts.append(tensor.detach().to(kind).contiguous().reshape(-1).view(torch.uint8))
     if len({part.device for part in parts}) > 1:
         parts = [part.cpu() for part in parts]
-    joined: NDArray[np.uint8] = torch.cat(parts).cpu().numpy()
-    return joined
+    return torch.cat(parts)
 
 
 def _numpy_bytes(tensors: Mapping[str, Any], dtype: DType) -> NDArray[np.uint8]:

@@ -11,13 +11,16 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from sglang.rl.publisher_package import Package
 from sglang.rl.publisher_server import Refused, Server, Staged
 from sglang.rl.publisher_version import PublishError, PublishMode, ServerReport, Settings, Version
 from sglang.rl.transport import Deadline, Outcome, SharedFiles, fan_out
 from sglang.srt.errors import SglangError
+
+if TYPE_CHECKING:  # it imports torch, which other transports do without
+    from sglang.rl.broadcast import Broadcaster
 
 T = TypeVar("T")
 
@@ -31,6 +34,7 @@ class Publication:
     """One call of `publish`; see the module.
 
     Fields:
+        broadcaster: for the transport of its name.
         number: grows where servers have names of such numbers already.
         staged, committed_at, phases, warnings: by server.
     """
@@ -41,6 +45,7 @@ class Publication:
     number: int
     servers: dict[str, Server]
     started: float
+    broadcaster: Broadcaster | None = None
     name: str = ""
     staged: dict[str, Staged] = field(default_factory=dict)
     committed_at: dict[str, float] = field(default_factory=dict)
@@ -89,6 +94,9 @@ class Publication:
         if self.mode == "switch":
             stock = {url: "a stock server" for url, server in self.servers.items() if server.kind == "stock"}
             raise PublishError("mode switch", stock, "Only versioned servers move running requests; use mode live.")
+        if self.broadcaster is not None:
+            stock = {url: "a stock server" for url, server in self.servers.items() if server.kind == "stock"}
+            raise PublishError("transport broadcast", stock, "Only versioned servers take one; use transport auto.")
         self.package.check_finite()
         before, after = map(re.escape, self.settings.versioned_name.split("{n}", 1))
         pattern = re.compile(rf"{before}(\d+){after}")
@@ -119,7 +127,11 @@ class Publication:
         def stage(server: Server, deadline: Deadline) -> Staged:
             return server.stage(self.package, self.name, path, self._hold, deadline)
 
-        outcomes = self._each("stage", stage)
+        if self.broadcaster is None:
+            outcomes = self._each("stage", stage)
+        else:
+            timeout = self.settings.timeout
+            outcomes = self.broadcaster.stage(self._each, self.servers, self.package, self.name, self._hold, timeout)
         self.staged = {url: outcome.value for url, outcome in outcomes.items() if outcome.value is not None}
         failures = _failures(outcomes)
         digests = {url: staged.digest for url, staged in self.staged.items() if staged.digest is not None}

@@ -21,7 +21,7 @@ from sglang.srt.errors import SglangError
 
 T = TypeVar("T")
 
-Transport = Literal["auto", "shm", "bytes"]
+Transport = Literal["auto", "shm", "bytes", "broadcast"]
 Mode = Literal["finish_old", "switch"]
 
 ATTEMPTS = 3
@@ -66,7 +66,7 @@ class Staged:
 
     Fields:
         version_id, digest: the server's; None where it has no such thing.
-        transport: how it got there: shm, path or bytes.
+        transport: how it got there: shm, path, bytes or broadcast.
     """
 
     version_id: int | None
@@ -150,6 +150,26 @@ class Server:
         text = json.dumps(head).encode()
         pieces = [len(text).to_bytes(8, "little"), text, *package.image()]
         return _staged(self._send("/stage_lora_adapter", pieces, deadline, BYTES_TYPE), "bytes")
+
+    def stage_broadcast(
+        self, package: Package, name: str, group: str, broadcast: str, hold: float, deadline: Deadline
+    ) -> Staged:
+        """Have the server take part in a broadcast and stage what comes. Asked once: it can be received once."""
+        head = {"lora_name": name, "config_dict": json.loads(package.config), "timeout": hold}
+        head |= {"group_name": group, "broadcast": broadcast, "nbytes": package.nbytes}
+        return _staged(self._post("/stage_lora_adapter", head, deadline, attempts=1), "broadcast")
+
+    def join_group(
+        self, name: str, address: str, port: int, rank: int, size: int, backend: str, deadline: Deadline
+    ) -> None:
+        """Have it join a group; asked once, since a second member of its rank would take the place of the first."""
+        place = {"master_address": address, "master_port": port, "rank_offset": rank, "world_size": size}
+        body = {"group_name": name, "backend": backend, "timeout": deadline.left(), **place}
+        self._post("/init_weights_update_group", body, deadline, attempts=1)
+
+    def leave_group(self, group: str, deadline: Deadline) -> None:
+        """Have it leave."""
+        self._post("/destroy_weights_update_group", {"group_name": group}, deadline, attempts=1)
 
     def commit(self, name: str, staged: Staged, mode: Mode, deadline: Deadline) -> None:
         """Make the name mean it; tried until the deadline, because other servers may have done so."""

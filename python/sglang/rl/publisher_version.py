@@ -35,9 +35,10 @@ class ServerReport:
     Fields:
         kind: versioned or stock.
         version_id, digest: of what it serves, as it says; None on stock servers, which have neither.
-        transport: how the adapter came: shm, path or bytes.
+        transport: how the adapter came: shm, path, bytes or broadcast.
         latency_s: from the start of the publication until this server had committed.
-        phases: seconds by phase: probe, stage, commit; in mode pause also pause, drain, flush, resume; unload.
+        phases: seconds by phase: probe, stage, commit; in mode pause also pause, drain, flush, resume; unload; join,
+            when a group was made for the transport broadcast.
         warnings: what went wrong and did no harm.
     """
 

@@ -240,6 +240,19 @@ def is_local(host: str) -> bool:
     return False
 
 
+def local_address(hosts: Iterable[str]) -> str:
+    """An address of this machine that all of these can reach: the one towards the first that is another machine."""
+    address = "127.0.0.1"
+    for host in hosts:
+        family, kind, protocol, _, target = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(target)  # sends nothing
+            address = str(probe.getsockname()[0])
+        if address != str(target[0]):
+            break
+    return address
+
+
 class SharedFiles:
     """A directory with files that servers read by its path, until the end of the `with` block.
 

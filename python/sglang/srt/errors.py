@@ -29,7 +29,7 @@ class RequestError(SglangError, ValueError):
         self.err_type = err_type
 
 
-RETRYABLE_CODES = ("path_unreadable", "busy")
+RETRYABLE_CODES = ("path_unreadable", "busy", "broadcast_failed", "broadcast_cancelled")
 """Codes of an AdapterError whose call may succeed later: status 409."""
 
 
@@ -37,8 +37,8 @@ class AdapterError(RequestError):
     """An adapter that cannot be loaded, found or unloaded.
 
     Args:
-        code: what clients may branch on: adapter_not_found, already_loaded, invalid_adapter, capacity, not_enabled, or
-            one of RETRYABLE_CODES.
+        code: what clients may branch on: adapter_not_found, already_loaded, invalid_adapter, capacity, not_enabled,
+            no_group, or one of RETRYABLE_CODES.
     """
 
     def __init__(self, code: str, message: str) -> None:

@@ -58,7 +58,8 @@ def refusal(tensors: dict[str, np.ndarray], config: dict | None = None, **lora: 
     with pytest.raises(AdapterError) as caught:
         read_image(tensors, config, **lora)
     assert caught.value.code == "invalid_adapter" and caught.value.status == 400
-    assert len(os.listdir("/proc/self/fd")) == before, "a refused adapter keeps its buffer"
+    # Others' may be collected meanwhile.
+    assert len(os.listdir("/proc/self/fd")) <= before, "a refused adapter keeps its buffer"
     return str(caught.value)
 
 

@@ -65,6 +65,8 @@ ROUTES: dict[str, Policy] = {
     "/commit_lora_adapter": Policy(Access.ADMIN),
     "/drop_lora_adapter": Policy(Access.ADMIN),
     "/unload_lora_adapter": Policy(Access.ADMIN),
+    "/init_weights_update_group": Policy(Access.ADMIN),
+    "/destroy_weights_update_group": Policy(Access.ADMIN),
     "/flush_cache": Policy(Access.ADMIN),
     "/abort_request": Policy(Access.ADMIN),
     "/pause_generation": Policy(Access.ADMIN),

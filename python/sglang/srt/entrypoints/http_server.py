@@ -33,7 +33,7 @@ from sglang.srt.entrypoints.access import AccessMiddleware
 from sglang.srt.entrypoints.http_protocol import JsonErrorProtocol, QuietServer
 from sglang.srt.entrypoints.launcher import Runtime
 from sglang.srt.entrypoints.replies import install_error_handlers
-from sglang.srt.entrypoints.routes import control, generate, info, lora, metrics, openai, tokenize
+from sglang.srt.entrypoints.routes import control, generate, info, lora, metrics, openai, tokenize, weights
 from sglang.srt.errors import ConfigError, SglangError
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.tokenizer_manager import ServerStatus
@@ -74,7 +74,7 @@ def create_app(runtime: Runtime) -> FastAPI:
     app = FastAPI(title="sglang", openapi_url=None)
     app.state.runtime = runtime
     server = runtime.config.server
-    for module in (generate, openai, tokenize, info, control, lora):
+    for module in (generate, openai, tokenize, info, control, lora, weights):
         app.include_router(module.router)
     if server.enable_metrics:
         app.include_router(metrics.router)

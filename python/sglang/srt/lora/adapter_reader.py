@@ -122,7 +122,7 @@ class AdapterReader:
     def read_tensors(
         self,
         config_dict: Mapping[str, Any],
-        payload: str | list[str] | bytes | bytearray,
+        payload: str | list[str] | bytes | bytearray | memoryview,
         load_format: str | None = None,
         expected_checksums: Mapping[str, str] | None = None,
         added_tokens: Mapping[str, Any] | None = None,

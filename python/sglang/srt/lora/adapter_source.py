@@ -213,13 +213,15 @@ class AdapterDirectory:
         return ", ".join(self.names[:MAX_LISTED]) or "nothing"
 
 
-def decode_payload(payload: str | list[str] | bytes | bytearray, max_bytes: int) -> bytes | bytearray:
+def decode_payload(
+    payload: str | list[str] | bytes | bytearray | memoryview, max_bytes: int
+) -> bytes | bytearray | memoryview:
     """The bytes behind base64; of a list, whose items are the same for every rank, behind the first."""
     if isinstance(payload, list):
         if not payload or not all(isinstance(item, str) for item in payload):
             raise invalid("a list of serialized tensors must hold base64 strings, at least one")
         payload = payload[0]
-    if isinstance(payload, bytes | bytearray):
+    if isinstance(payload, bytes | bytearray | memoryview):
         return payload
     if len(payload) * 3 // 4 > max_bytes + MAX_JSON_BYTES:
         raise invalid(f"{len(payload)} characters of base64 exceed this server's limit of {max_bytes} bytes")

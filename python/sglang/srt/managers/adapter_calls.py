@@ -6,12 +6,13 @@ Created by TokenizerManager. Every outcome is a `LoRAUpdateOutput`; only a dead 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from sglang.srt.errors import AdapterError
 from sglang.srt.lora.lease import TENSOR_SOURCE, AdapterVersion
 from sglang.srt.managers.adapter_service import AdapterService, LoadRequest, ReadAdapter
+from sglang.srt.managers.group_calls import GroupCalls
 from sglang.srt.managers.io_struct.requests import (
     CommitLoRAAdapterReqInput,
     DropLoRAAdapterReqInput,
@@ -32,7 +33,7 @@ class Reader(Protocol):
     def read_tensors(
         self,
         config_dict: dict[str, Any],
-        payload: str | list[str] | bytes | bytearray,
+        payload: str | list[str] | bytes | bytearray | memoryview,
         load_format: str | None,
         expected_checksums: Any = None,
         added_tokens: dict[str, Any] | None = None,
@@ -44,12 +45,16 @@ class AdapterCalls:
     """Load, in one step or in two, unload and list.
 
     Args:
+        groups: bring what trainers broadcast.
         frozen: set while a pause keeps requests from ending, so that nobody must wait for one.
     """
 
-    def __init__(self, service: AdapterService, reader: Reader | None, frozen: asyncio.Event) -> None:
+    def __init__(
+        self, service: AdapterService, reader: Reader | None, groups: GroupCalls, frozen: asyncio.Event
+    ) -> None:
         self._service = service
         self._reader = reader
+        self._groups = groups
         self._frozen = frozen
 
     async def load(self, obj: LoadLoRAAdapterReqInput) -> LoRAUpdateOutput:
@@ -115,16 +120,21 @@ class AdapterCalls:
         )
 
     async def _stage(self, obj: StageLoRAAdapterReqInput) -> dict[str, Any]:
-        reader, path, tensors = self._require_reader(), obj.lora_path, obj.tensors
-        if (path is None) == (tensors is None):
-            raise AdapterError("invalid_adapter", "Send exactly one of lora_path and tensors.")
+        reader, path, tensors, group = self._require_reader(), obj.lora_path, obj.tensors, obj.group_name
+        if sum(source is not None for source in (path, tensors, group)) != 1:
+            raise AdapterError("invalid_adapter", "Send exactly one of lora_path, tensors and group_name.")
+        config = obj.config_dict or {}
+        if path is not None:
+            return await self._stage_as(obj, path, lambda: reader.read_directory(path))
+        if group is None:
+            image = tensors or b""
+            return await self._stage_as(obj, TENSOR_SOURCE, lambda: reader.read_tensors(config, image, "safetensors"))
+        async with self._groups.received(group, obj.broadcast, obj.nbytes, obj.timeout) as sent:
+            return await self._stage_as(obj, TENSOR_SOURCE, lambda: reader.read_tensors(config, sent, "safetensors"))
 
-        def read() -> ReadAdapter:
-            if tensors is None:
-                return reader.read_directory(path or "")
-            return reader.read_tensors(obj.config_dict or {}, tensors, "safetensors")
-
-        source = TENSOR_SOURCE if path is None else path
+    async def _stage_as(
+        self, obj: StageLoRAAdapterReqInput, source: str, read: Callable[[], ReadAdapter]
+    ) -> dict[str, Any]:
         request = LoadRequest(name=obj.lora_name, source=source, read=read, pinned=obj.pinned, upsert=True)
         return _staged(await self._service.stage(request, obj.timeout))
 

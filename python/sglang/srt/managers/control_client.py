@@ -67,6 +67,22 @@ class ControlClient:
         """
         return self._call(lambda call_id: wire.SwitchVersionCall(call_id, old, new), on_success)
 
+    def join_group(
+        self, name: str, address: str, port: int, rank: int, size: int, backend: str, seconds: float
+    ) -> asyncio.Future[CallReply]:
+        """Have the back join a trainer's group."""
+        return self._call(
+            lambda call_id: wire.JoinGroupCall(call_id, name, address, port, rank, size, backend, seconds)
+        )
+
+    def leave_group(self, name: str) -> asyncio.Future[CallReply]:
+        """Have it leave; `success` is False when it knows no such group."""
+        return self._call(lambda call_id: wire.LeaveGroupCall(call_id, name))
+
+    def receive(self, group: str, broadcast: str, path: str, nbytes: int, seconds: float) -> asyncio.Future[CallReply]:
+        """Have it fill a buffer with what a group's trainer sends; a failure's `code` is that of an AdapterError."""
+        return self._call(lambda call_id: wire.ReceiveCall(call_id, group, broadcast, path, nbytes, seconds))
+
     def resolve(self, reply: CallReply) -> None:
         """A reply has come; one that nobody waits for any more is dropped."""
         future = self._pending.get(reply.call_id)

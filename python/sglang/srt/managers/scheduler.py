@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 IDLE_POLL_MS = 100
 """How long an idle loop sleeps at most; a message wakes it at once."""
 STAGING_POLL_MS = 1
-"""The same for the few milliseconds in which an adapter is staged: nothing wakes the loop when that is done."""
+"""The same while an adapter is staged or received: nothing wakes the loop when that is done."""
 
 
 class Channel(Protocol):
@@ -67,7 +67,9 @@ class Scheduler:
         self.lora = lora
         self.stats = StatsCollector(lora)
         self.outputs = OutputProcessor(planner, channel.send, on_finish=lambda request: self.control.forget(request))
-        self.control = SchedulerControl(planner, self.outputs, self.stats, channel.send, self.drain, lora)
+        self.control = SchedulerControl(
+            planner, self.outputs, self.stats, channel.send, self.drain, lora, runner.device
+        )
         self._in_flight: deque[tuple[StepPlan, StepResult]] = deque()
         self._device_seconds = 0.0
 
@@ -79,7 +81,7 @@ class Scheduler:
     def run(self, stopping: threading.Event) -> None:
         """Step until told to stop."""
         while not stopping.is_set():
-            idle_ms = STAGING_POLL_MS if self.control.lora.staging else IDLE_POLL_MS
+            idle_ms = STAGING_POLL_MS if self.control.working else IDLE_POLL_MS
             self.step(wait_ms=0 if self.busy else idle_ms)
 
     def step(self, wait_ms: int = 0) -> None:
@@ -89,7 +91,7 @@ class Scheduler:
         self._device_seconds, generated = 0.0, self.outputs.num_generated
         for message in messages:
             self.control.handle(message)
-        staged = self.control.lora.staging and self.control.lora.poll()
+        answered = self.control.working and self.control.poll()
         plan = self.planner.next_step(bool(self._in_flight)) if self.control.paused is None else None
         if plan is not None:
             self._launch(plan)
@@ -99,7 +101,7 @@ class Scheduler:
         if plan is not None:
             seconds = time.perf_counter() - started
             self.stats.step(seconds, self._device_seconds, self.outputs.num_generated - generated)
-        if messages or staged or plan is not None:
+        if messages or answered or plan is not None:
             self._report()
 
     def drain(self) -> None:

@@ -1,7 +1,7 @@
 """What the front asks of the scheduler besides generating: submit, abort, stop, pause, continue, flush, statistics.
 
-One handler a message type, in a table; those about adapters are LoRAControl's. Owns the pause state. Called by the
-scheduler's loop between two steps.
+One handler a message type, in a table; those about adapters are LoRAControl's, about groups GroupControl's. Owns the
+pause state. Called by the scheduler's loop between two steps.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from sglang.srt.lora.lora_manager import LoRAManager
+from sglang.srt.managers.group_control import GroupControl
 from sglang.srt.managers.io_struct import wire
 from sglang.srt.managers.io_struct.wire import Finish, FinishInfo, PauseMode
 from sglang.srt.managers.lora_control import LoRAControl
@@ -27,6 +30,7 @@ class SchedulerControl:
 
     Args:
         drain: reads the results of every step in flight; retraction and flush need a quiet device.
+        device: the model's.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class SchedulerControl:
         send: Send,
         drain: Callable[[], None],
         lora: LoRAManager | None,
+        device: torch.device,
     ) -> None:
         self.planner = planner
         self.outputs = outputs
@@ -46,6 +51,7 @@ class SchedulerControl:
         self.paused: PauseMode | None = None
         self.requests: dict[int, Request] = {}
         self.lora = LoRAControl(lora, planner, stats, self.requests, drain, self._reply)
+        self.groups = GroupControl(device, self._reply)
         self._arrivals = itertools.count()
         self._handlers: dict[type, Callable[[Any], None]] = {
             wire.SubmitBatch: self._submit,
@@ -56,7 +62,18 @@ class SchedulerControl:
             wire.FlushCacheCall: self._flush_cache,
             wire.StatsCall: self._stats,
             **self.lora.handlers,
+            **self.groups.handlers,
         }
+
+    @property
+    def working(self) -> bool:
+        """Whether threads of ours work on calls, which `poll` answers."""
+        return self.lora.staging or self.groups.pending
+
+    def poll(self) -> bool:
+        """Finish the calls whose threads have ended; whether there were any."""
+        staged, grouped = self.lora.poll(), self.groups.poll()
+        return staged or grouped
 
     def handle(self, message: wire.ToBack) -> None:
         """Act on one message."""
@@ -120,8 +137,8 @@ class SchedulerControl:
     def _stats(self, message: wire.StatsCall) -> None:
         self._reply(message.call_id, True)
 
-    def _reply(self, call_id: int, success: bool, message: str = "") -> None:
+    def _reply(self, call_id: int, success: bool, message: str = "", code: str = "") -> None:
         # Rows first: whoever reads these numbers must not find requests that they no longer count.
         self.outputs.flush()
         stats = self.stats.snapshot(self.planner, self.paused is not None)
-        self.send(wire.CallReply(call_id, success, message, stats))
+        self.send(wire.CallReply(call_id, success, message, stats, code))

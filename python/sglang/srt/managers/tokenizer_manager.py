@@ -22,6 +22,7 @@ from sglang.srt.lora.lease import AdapterVersion
 from sglang.srt.managers.adapter_calls import AdapterCalls, Reader
 from sglang.srt.managers.adapter_service import AdapterService
 from sglang.srt.managers.control_client import ControlClient
+from sglang.srt.managers.group_calls import GroupCalls
 from sglang.srt.managers.io_struct import wire
 from sglang.srt.managers.io_struct.requests import (
     ContinueGenerationReqInput,
@@ -118,7 +119,8 @@ class TokenizerManager:
         self.lora_registry = self.adapters.registry
         self._lifecycle = RequestLifecycle(channel.send, lambda: self.weight_version, self.lora_registry, metrics)
         self._pause = PauseControl(self._lifecycle, self._control)
-        self.adapter_calls = AdapterCalls(self.adapters, reader, self._pause.frozen)
+        self.group_calls = GroupCalls(self._control)
+        self.adapter_calls = AdapterCalls(self.adapters, reader, self.group_calls, self._pause.frozen)
         self._flushing = False
         self._down_reason = ""
         self._settled = asyncio.Event()

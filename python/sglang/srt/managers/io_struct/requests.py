@@ -221,18 +221,24 @@ class LoadLoRAAdapterFromTensorsReqInput(msgspec.Struct, kw_only=True):
 
 
 class StageLoRAAdapterReqInput(msgspec.Struct, kw_only=True):
-    """Body of `/stage_lora_adapter`; exactly one of `lora_path` and `tensors`.
+    """Body of `/stage_lora_adapter`; exactly one of `lora_path`, `tensors` and `group_name`.
 
     Fields:
-        config_dict: with `tensors`, what adapter_config.json would say.
+        config_dict: with `tensors` and `group_name`, what adapter_config.json would say.
         tensors: a safetensors image; base64 in JSON, raw behind the JSON in an `application/octet-stream` body.
-        timeout: seconds after which a version that nobody has committed is dropped.
+        group_name: a group that this server has joined (`/init_weights_update_group`), to which the trainer broadcasts
+            the same image, of `nbytes`, under the name `broadcast`, never used before.
+        timeout: seconds that a broadcast may take to come, and after which a version that nobody has committed is
+            dropped.
     """
 
     lora_name: str
     lora_path: str | None = None
     config_dict: dict[str, Any] | None = None
     tensors: bytearray | None = None
+    group_name: str | None = None
+    broadcast: str | None = None
+    nbytes: int | None = None
     pinned: bool = False
     timeout: Annotated[float, msgspec.Meta(gt=0.0)] = 120.0
 
@@ -303,3 +309,35 @@ class FlushCacheReqInput(msgspec.Struct, kw_only=True):
     """Query of `/flush_cache`: seconds to wait for an idle scheduler before giving up."""
 
     timeout: float = 0.0
+
+
+class InitWeightsUpdateGroupReqInput(msgspec.Struct, kw_only=True):
+    """Body of `/init_weights_update_group`: join the group of a trainer, which is its rank 0.
+
+    Fields:
+        master_address, master_port: of the trainer's torch.distributed.TCPStore.
+        rank_offset: this server's rank.
+        timeout: seconds that all members have to join.
+    """
+
+    master_address: str
+    master_port: int
+    rank_offset: int
+    world_size: int
+    group_name: str = "weight_update_group"
+    backend: str = "nccl"
+    timeout: Annotated[float, msgspec.Meta(gt=0.0)] = 60.0
+
+
+class DestroyWeightsUpdateGroupReqInput(msgspec.Struct, kw_only=True):
+    """Body of `/destroy_weights_update_group`: leave a group."""
+
+    group_name: str = "weight_update_group"
+
+
+class WeightsUpdateGroupOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Reply of both. `error_code`: as of AdapterError."""
+
+    success: bool
+    message: str
+    error_code: str | None = None

@@ -140,6 +140,46 @@ class SwitchVersionCall(msgspec.Struct, tag="switch_version", array_like=True, f
     new_version_id: int
 
 
+class JoinGroupCall(msgspec.Struct, tag="join_group", array_like=True, frozen=True):
+    """Become a member of a trainer's group, in the place of an older one of its name. Answer: CallReply.
+
+    Fields: of `weight_sync.broadcast_group.GroupSpec`; seconds: that it may take.
+    """
+
+    call_id: int
+    name: str
+    address: str
+    port: int
+    rank: int
+    size: int
+    backend: str
+    seconds: float
+
+
+class LeaveGroupCall(msgspec.Struct, tag="leave_group", array_like=True, frozen=True):
+    """Forget a group; what waits in it fails. Answer: CallReply."""
+
+    call_id: int
+    name: str
+
+
+class ReceiveCall(msgspec.Struct, tag="receive", array_like=True, frozen=True):
+    """Fill the front's buffer with what the trainer sends to a group. Answer: CallReply.
+
+    Calls of one group are done one after the other; decoding goes on meanwhile.
+
+    Fields:
+        broadcast: which one; path, nbytes: of the buffer; seconds: that it may take to come.
+    """
+
+    call_id: int
+    group: str
+    broadcast: str
+    path: str
+    nbytes: int
+    seconds: float
+
+
 # ---- back to front -------------------------------------------------------------------------------------------------
 
 
@@ -275,12 +315,13 @@ class StatsPush(msgspec.Struct, tag="stats_push", array_like=True, frozen=True):
 
 
 class CallReply(msgspec.Struct, tag="reply", array_like=True, frozen=True):
-    """Answer to the *Call message with the same `call_id`."""
+    """Answer to the *Call message with the same `call_id`. `code`: what a caller may branch on; calls say which."""
 
     call_id: int
     success: bool
     message: str = ""
     stats: SchedulerStats | None = None
+    code: str = ""
 
 
 class BackFailed(msgspec.Struct, tag="failed", array_like=True, frozen=True):
@@ -289,7 +330,9 @@ class BackFailed(msgspec.Struct, tag="failed", array_like=True, frozen=True):
     message: str
 
 
-Call = PauseCall | ContinueCall | FlushCacheCall | StatsCall | StageAdapterCall | FreeAdapterCall | SwitchVersionCall
+AdapterCall = StageAdapterCall | FreeAdapterCall | SwitchVersionCall
+GroupCall = JoinGroupCall | LeaveGroupCall | ReceiveCall
+Call = PauseCall | ContinueCall | FlushCacheCall | StatsCall | AdapterCall | GroupCall
 ToBack = SubmitBatch | AbortRequests | StopRequests | Call
 ToFront = Ready | StepOutput | StatsPush | CallReply | BackFailed
 
