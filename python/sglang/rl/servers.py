@@ -92,6 +92,8 @@ class Servers:
             self._command,
             stdout=self._output,
             stderr=subprocess.STDOUT,
+            # On a CPU its threads and the trainer's share the cores: who waits must not spin.
+            env={"OMP_WAIT_POLICY": "passive", **os.environ},
             start_new_session=True,
             preexec_fn=_end_with_parent,
         )
