@@ -123,16 +123,21 @@ def test_a_server_that_does_not_take_what_came_keeps_all_from_it(servers, publis
     assert not joined(publisher.publish(*saying(model, 111))), "the group is as good as before"
 
 
-def test_a_server_that_refuses_to_take_part_costs_the_others_no_time(servers, publisher, model, monkeypatch):
-    publisher.publish(*saying(model, 112))
-    real = Server.stage_broadcast
+def let_refuse(monkeypatch: pytest.MonkeyPatch, url: str, call: str, refusal: Refused) -> None:
+    """One server answers a call with a refusal, the others as ever."""
+    real = getattr(Server, call)
 
     def refuses(server: Server, *args: Any) -> Any:
-        if server.url == servers[1].url:
-            raise Refused(400, "capacity", "all are pinned")
+        if server.url == url:
+            raise refusal
         return real(server, *args)
 
-    monkeypatch.setattr(Server, "stage_broadcast", refuses)
+    monkeypatch.setattr(Server, call, refuses)
+
+
+def test_a_server_that_refuses_to_take_part_costs_the_others_no_time(servers, publisher, model, monkeypatch):
+    publisher.publish(*saying(model, 112))
+    let_refuse(monkeypatch, servers[1].url, "stage_broadcast", Refused(400, "capacity", "all are pinned"))
     started = time.monotonic()
     with pytest.raises(PublishError, match="all are pinned") as caught:
         publisher.publish(*saying(model, 113))
@@ -145,14 +150,7 @@ def test_a_server_that_refuses_to_take_part_costs_the_others_no_time(servers, pu
 
 
 def test_a_server_that_does_not_join_costs_the_others_no_time(servers, publisher, model, monkeypatch):
-    real = Server.join_group
-
-    def refuses(server: Server, *args: Any) -> Any:
-        if server.url == servers[1].url:
-            raise Refused(400, "invalid_group", "this server runs on cpu")
-        return real(server, *args)
-
-    monkeypatch.setattr(Server, "join_group", refuses)
+    let_refuse(monkeypatch, servers[1].url, "join_group", Refused(400, "invalid_group", "this server runs on cpu"))
     started = time.monotonic()
     with pytest.raises(PublishError, match="runs on cpu") as caught:
         publisher.publish(*saying(model, 114))

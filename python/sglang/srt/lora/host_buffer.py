@@ -1,6 +1,7 @@
 """Host memory that another process of the same user opens by path: how adapter bytes reach the back.
 
-A buffer owns the file and its mapping; `HostBuffers`, which belongs to `adapter_reader`, hands buffers out.
+A buffer owns the file and its mapping; `HostBuffers`, of which `adapter_reader` and `group_calls` have one each, hands
+buffers out.
 Invariants: the path works from construction to `close`; what the back has mapped by then stays valid. A buffer that was
 given back may have other bytes at any time, so it is given back when the back has copied them, or never saw it.
 """

@@ -30,7 +30,7 @@ from sglang.srt.lora.weights import AdapterWeights, Place
 from sglang.srt.managers.io_struct.wire import BASE_VERSION
 from sglang.srt.model_executor.forward_context import LoRABatch
 from sglang.srt.ops.packed import PackedWeight
-from sglang.srt.ops.slabs import BatchShape, LoraBatch, ModelSlabs, build_batch
+from sglang.srt.ops.slabs import BatchShape, LoraBatch, LoraSite, ModelSlabs, build_batch
 
 PACKED_TOLERANCE = 0.1
 """Relative Frobenius error up to which a base weight stored in few bits counts as the one that an adapter repeats."""
@@ -84,11 +84,7 @@ class LoRAManager:
         self._fused = takes_slabs(device, slabs.dtype)
         rows = device.type != "cpu" or self._fused
         self._copier = AdapterCopier(self._places, slabs, tight=not rows, pin=device.type == "cuda")
-        self._sites = {
-            place.parameter: slabs.layout.site(place.slab.layer, place.slab.group)
-            for place in self._places.values()
-            if place.slab is not None
-        }
+        self._sites = parameter_sites(tensors, slabs)
         self._tails = WeightTails(extended or {}, self._sites)
         self._slots = DeviceSlots(slabs.layout, num_slots, device, self._tails) if rows else None
 
@@ -247,6 +243,12 @@ def matrices(tensors: Mapping[str, BaseTensor]) -> dict[str, BaseTensor]:
         for name, tensor in tensors.items()
         if name.endswith(".weight") and len(tensor.shape) == 2
     }
+
+
+def parameter_sites(tensors: Mapping[str, BaseTensor], slabs: ModelSlabs) -> dict[str, LoraSite]:
+    """Where the factors of a parameter lie in a slab, for the parameters that slabs have factors of."""
+    places = {tensor.parameter: slabs.places.get(name) for name, tensor in matrices(tensors).items()}
+    return {name: slabs.layout.site(place.layer, place.group) for name, place in places.items() if place is not None}
 
 
 def _relative_error(packed: PackedWeight, copy: Tensor) -> float:

@@ -18,7 +18,7 @@ from sglang.srt.config.sections import Config
 from sglang.srt.errors import ConfigError
 from sglang.srt.layers.attention.factory import create_attention_backend
 from sglang.srt.lora.device_slots import num_rows
-from sglang.srt.lora.lora_manager import BaseTensor, LoRAManager, matrices, takes_slabs
+from sglang.srt.lora.lora_manager import BaseTensor, LoRAManager, matrices, parameter_sites, takes_slabs
 from sglang.srt.lora.weight_tails import tail_slots
 from sglang.srt.managers.io_struct.wire import Ready
 from sglang.srt.mem_cache.kv_manager import KVManager
@@ -121,12 +121,12 @@ def lora_tensors(weights: WeightMap) -> dict[str, BaseTensor]:
     return {name: BaseTensor(target.parameter, target.start, target.shape) for name, target in targets}
 
 
-def _weight_map(config: Config) -> WeightMap:
-    return model_class(config.model).weight_map(config.model)
+def _tensors(config: Config) -> dict[str, BaseTensor]:
+    return lora_tensors(model_class(config.model).weight_map(config.model))
 
 
 def _slabs(config: Config) -> ModelSlabs:
-    shapes = {name: tensor.shape for name, tensor in matrices(lora_tensors(_weight_map(config))).items()}
+    shapes = {name: tensor.shape for name, tensor in matrices(_tensors(config)).items()}
     try:
         return ModelSlabs(shapes, config.lora.max_lora_rank, config.load.dtype)
     except ValueError as error:
@@ -137,11 +137,9 @@ def _spare_rows(config: Config, slabs: ModelSlabs, device: torch.device) -> dict
     """Rows for A behind the model's weights, by parameter."""
     if not takes_slabs(device, slabs.dtype):
         return {}
-    slots, rows = tail_slots(slabs.layout, num_rows(config.lora.max_loras_per_batch)), {}
-    for name, tensor in matrices(lora_tensors(_weight_map(config))).items():
-        if slots and (place := slabs.places.get(name)):
-            rows[tensor.parameter] = slots * slabs.layout.site(place.layer, place.group).u_width
-    return rows
+    slots = tail_slots(slabs.layout, num_rows(config.lora.max_loras_per_batch))
+    sites = parameter_sites(_tensors(config), slabs) if slots else {}
+    return {name: slots * site.u_width for name, site in sites.items()}
 
 
 def _create_lora(config: Config, model: DecoderForCausalLM, slabs: ModelSlabs, platform: Platform) -> LoRAManager:
