@@ -7,6 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "sgl_kernel/tensor_map.h"
+
 namespace sgl::driver {
 
 struct Grid {
@@ -21,6 +23,7 @@ struct Grid {
 struct Device {
   int multiprocessors;
   int max_cluster;  // 1 where blocks cannot form clusters
+  bool warpgroups;  // whether there are kernels of group_gemm.h
 };
 
 extern const int kWarp;
@@ -29,6 +32,9 @@ const Device& device(int device_id);
 
 // Load every kernel for a device: nothing is left to be loaded when a graph is captured.
 void preload(int device_id);
+
+// What the copy engine of a device with warpgroups has to know of a bf16 matrix [rows, columns] that it brings in tiles of 64 columns.
+TensorMap tensor_map(const void* data, int64_t rows, int64_t columns, int64_t stride, int tile_rows);
 
 // `name` is a string literal: kernels are remembered by its address.
 void launch(const char* name, int device_id, void* stream, const Grid& grid, const void* args, size_t args_size);

@@ -34,6 +34,7 @@ struct Api {
   decltype(&cuKernelGetFunction) KernelGetFunction;
   decltype(&cuKernelSetAttribute) KernelSetAttribute;
   decltype(&cuLaunchKernelEx) LaunchKernelEx;
+  decltype(&cuTensorMapEncodeTiled) TensorMapEncodeTiled;
 };
 
 template <class Function>
@@ -65,6 +66,7 @@ const Api& api() {
     SGL_FIND(KernelGetFunction);
     SGL_FIND(KernelSetAttribute);
     SGL_FIND(LaunchKernelEx);
+    SGL_FIND(TensorMapEncodeTiled);
     return api;
   }();
   return loaded;
@@ -166,7 +168,7 @@ Loaded& loaded(int device_id) {  // under g_mutex
   const UseDevice use(device_id);
   const RelaxCapture relax;
   load_functions();
-  return devices[device_id] = {{attribute(device_id, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT), major >= 9 ? 8 : 1}, {}};
+  return devices[device_id] = {{attribute(device_id, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT), major >= 9 ? 8 : 1, major == 9}, {}};
 }
 
 CUkernel find_kernel(const char* name) {
@@ -197,6 +199,19 @@ const Device& device(int device_id) {
 }
 
 void preload(int device_id) { device(device_id); }
+
+TensorMap tensor_map(const void* data, int64_t rows, int64_t columns, int64_t stride, int tile_rows) {
+  static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) >= alignof(CUtensorMap), "tensor_map.h");
+  TensorMap map;
+  const cuuint64_t size[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t row_bytes[] = {static_cast<cuuint64_t>(stride) * 2};
+  const cuuint32_t tile[] = {64, static_cast<cuuint32_t>(tile_rows)}, step[] = {1, 1};
+  check(api().TensorMapEncodeTiled(reinterpret_cast<CUtensorMap*>(&map), CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(data),
+                                   size, row_bytes, tile, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
+        "cuTensorMapEncodeTiled");
+  return map;
+}
 
 void launch(const char* name, int device_id, void* stream, const Grid& grid, const void* args, size_t) {
   const CUkernel function = kernel(name, device_id, grid.shared_bytes);

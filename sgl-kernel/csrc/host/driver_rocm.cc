@@ -115,7 +115,7 @@ Loaded& loaded(int device_id) {  // under g_mutex
   const auto found = devices.find(device_id);
   if (found != devices.end()) return found->second;
   const UseDevice use(device_id);
-  Loaded made{{1, 1}, {}, {}};
+  Loaded made{{1, 1, false}, {}, {}};
   check(api().DeviceGetAttribute(&made.device.multiprocessors, kMultiprocessorCount, device_id), "hipDeviceGetAttribute");
   for (int i = 0; i < kNumImages; ++i)
     check(api().ModuleLoadData(&made.modules[i], kImages[i]), "hipModuleLoadData (is this GPU a gfx90a, gfx942 or gfx950?)");
@@ -142,6 +142,10 @@ const Device& device(int device_id) {
 }
 
 void preload(int device_id) { device(device_id); }
+
+TensorMap tensor_map(const void*, int64_t, int64_t, int64_t, int) {
+  TVM_FFI_THROW(RuntimeError) << "no AMD GPU has tensor maps";
+}
 
 void launch(const char* name, int device_id, void* stream, const Grid& grid, const void* args, size_t) {
   const UseDevice use(device_id);

@@ -19,17 +19,34 @@ int choose_splits(const driver::Device& device, int tiles, int in_features, int 
 struct Tiling {
   const char* name;
   int rows, threads, shared_bytes;
-  int splits;  // 0: to be chosen
 };
 
-Tiling gemm_tiling(const driver::Device& device, int tokens, int out_features, int in_features) {
+Tiling gemm_tiling(int tokens) {
   const int warp = driver::kWarp;
-  if (tokens <= 8) return {"skinny_gemm_8", kStreamRows, kStreamThreads, stream_shared_bytes(warp, 8), 0};
-  if (tokens <= 16) return {"skinny_gemm_16", kStreamRows, kStreamThreads, stream_shared_bytes(warp, 16), 0};
-  if (tokens <= 32) return {"skinny_gemm_32x64", 64, gemm_threads(warp, 64), gemm_shared_bytes(warp, 64, 32), 0};
-  const int choice = gemm_choice(device.multiprocessors, device.max_cluster, out_features, in_features), rows = choice / 16;
-  const char* name = rows == 128 ? "skinny_gemm_64x128" : rows == 96 ? "skinny_gemm_64x96" : "skinny_gemm_64x64";
-  return {name, rows, gemm_threads(warp, rows), gemm_shared_bytes(warp, rows, 64), choice % 16};
+  if (tokens <= 8) return {"skinny_gemm_8", kStreamRows, kStreamThreads, stream_shared_bytes(warp, 8)};
+  if (tokens <= 16) return {"skinny_gemm_16", kStreamRows, kStreamThreads, stream_shared_bytes(warp, 16)};
+  if (tokens <= 32) return {"skinny_gemm_32x64", 64, gemm_threads(warp, 64), gemm_shared_bytes(warp, 64, 32)};
+  return {"skinny_gemm_64x64", 64, gemm_threads(warp, 64), gemm_shared_bytes(warp, 64, 64)};
+}
+
+// y = x W^T by warpgroups.
+void group_gemm(const TensorView& x, const TensorView& weight, const TensorView& y, int64_t splits, bool overlap) {
+  const Place place(x);
+  GroupGemmArgs args{};
+  args.tokens = static_cast<int32_t>(x.size(0));
+  args.in_features = static_cast<int32_t>(x.size(1));
+  args.out_features = static_cast<int32_t>(weight.size(0));
+  const int choice = group_choice(driver::device(place.device_id).multiprocessors, args.out_features, args.in_features);
+  const int rows = choice / 16;
+  args.num_splits = splits > 0 ? smaller(static_cast<int>(splits), kGroupSplits) : choice % 16;
+  args.x = driver::tensor_map(x.data_ptr(), args.tokens, args.in_features, x.stride(0), kGroupTokens);
+  args.weight = driver::tensor_map(weight.data_ptr(), args.out_features, args.in_features, weight.stride(0), rows);
+  args.y = data<uint16_t>(y);
+  args.y_stride = y.stride(0);
+  const char* name = rows == 128 ? "skinny_gemm_group_128" : rows == 96 ? "skinny_gemm_group_96" : "skinny_gemm_group_64";
+  const int blocks = ceil_div(args.out_features, rows) * args.num_splits;
+  const driver::Grid grid{blocks, 1, kGroupThreads, group_shared_bytes(rows), args.num_splits, overlap};
+  driver::launch(name, place.device_id, place.stream, grid, &args, sizeof(args));
 }
 
 // y = x W^T; with a site also u = x A^T of the rows of every live slot, by `workers` more clusters.
@@ -43,6 +60,7 @@ void skinny_gemm(TensorView x, TensorView weight, TensorView y, ffi::Optional<Te
   if (tokens > 64) TVM_FFI_THROW(ValueError) << "skinny_gemm takes 1 to 64 rows, got " << tokens;
   const Place place(x);
   const driver::Device& device = driver::device(place.device_id);
+  if (tokens > 16 && device.warpgroups && !slabs.has_value()) return group_gemm(x, weight, y, splits, overlap);
   GemmArgs args{};
   args.x = data<const uint16_t>(x);
   args.weight = data<const uint16_t>(weight);
@@ -53,11 +71,9 @@ void skinny_gemm(TensorView x, TensorView weight, TensorView y, ffi::Optional<Te
   args.tokens = tokens;
   args.in_features = static_cast<int32_t>(x.size(1));
   args.out_features = static_cast<int32_t>(weight.size(0));
-  const Tiling tiling = gemm_tiling(device, tokens, args.out_features, args.in_features);
+  const Tiling tiling = gemm_tiling(tokens);
   args.base_tiles = ceil_div(args.out_features, tiling.rows);
-  args.num_splits = splits > 0      ? static_cast<int>(splits)
-                    : tiling.splits ? tiling.splits
-                                    : choose_splits(device, args.base_tiles, args.in_features, 256);
+  args.num_splits = splits > 0 ? static_cast<int>(splits) : choose_splits(device, args.base_tiles, args.in_features, 256);
   if (slabs.has_value()) {
     check_matrix(u.value(), "u");
     args.site = unpack_site(slabs.value(), site);

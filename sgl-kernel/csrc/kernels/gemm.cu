@@ -2,6 +2,7 @@
 #include "gemm.h"
 
 #include "sgl_kernel/geometry.h"
+#include "sgl_kernel/group_gemm.h"
 
 namespace sgl {
 
@@ -31,11 +32,25 @@ struct Block : TileGemm<kRows, kTokens, gemm_stages(kWarp, kRows, kTokens)> {
     sgl::name##_tile<sgl::Block<tokens, rows>>(args);          \
   }
 
+// Empty on other GPUs: the host asks for it where there are warpgroups, but every GPU has all kernels of a vendor.
+#if SGL_WARPGROUPS
+#define SGL_RUN_GROUP(rows, args) sgl::GroupGemm<rows>::run(args)
+#else
+#define SGL_RUN_GROUP(rows, args)
+#endif
+#define SGL_GROUP(rows)                                                                              \
+  SGL_KERNEL_OF(sgl::kGroupThreads, 1) skinny_gemm_group_##rows(SGL_ARGS(sgl::GroupGemmArgs) args) { \
+    SGL_RUN_GROUP(rows, args);                                                                       \
+  }
+
 SGL_STREAM(skinny_gemm, GemmArgs, 8)
 SGL_STREAM(skinny_gemm, GemmArgs, 16)
 SGL_STREAM(lora_shrink, ShrinkArgs, 16)
 SGL_TILE(skinny_gemm, GemmArgs, 32, 64)
 SGL_TILE(skinny_gemm, GemmArgs, 64, 64)
-SGL_TILE(skinny_gemm, GemmArgs, 64, 96)
-SGL_TILE(skinny_gemm, GemmArgs, 64, 128)
 SGL_TILE(lora_shrink, ShrinkArgs, 64, 64)
+#if SGL_CUDA
+SGL_GROUP(64)
+SGL_GROUP(96)
+SGL_GROUP(128)
+#endif

@@ -5,6 +5,8 @@
 #include "vendor.h"
 #else
 #include <cstdint>
+
+#include "tensor_map.h"
 #endif
 
 namespace sgl {
@@ -56,6 +58,15 @@ struct GemmArgs {
   LoraBatch batch;
   uint16_t* u;
   int64_t u_stride;
+};
+
+// y = x W^T by warpgroups.
+struct GroupGemmArgs {
+  TensorMap x, weight;  // in tiles of 64 columns, and of 64 rows and of the block's rows
+  uint16_t* y;
+  int64_t y_stride;
+  int32_t tokens, in_features, out_features;
+  int32_t num_splits;  // blocks of a cluster, each with its part of K
 };
 
 struct ShrinkArgs {

@@ -34,18 +34,36 @@ constexpr int gemm_stages(int warp, int rows, int tokens) {
 constexpr int gemm_shared_bytes(int warp, int rows, int tokens) {
   return larger(gemm_stages(warp, rows, tokens) * (rows + tokens) * 128, gemm_halves(warp) * tokens * (rows + 4) * 4);
 }
-// How long a product of 33 to 64 tokens takes with blocks of `rows` rows, K cut into `splits`, in elements of W that a
-// multiprocessor streams: as many rounds of blocks as it takes, each with its elements and what comes before and after them.
-constexpr int kGemmBlockCost = 20000;
-constexpr int gemm_cost(int multiprocessors, int out_features, int in_features, int rows, int splits) {
-  return ceil_div(ceil_div(out_features, rows) * splits, multiprocessors) * (rows * ceil_div(in_features, splits) + kGemmBlockCost);
+
+// ---- products of 17 to 64 tokens on Hopper (group_gemm.h) ------------------------------------------------------------
+
+constexpr int kGroupTokens = 64;
+constexpr int kGroupThreads = 160;
+constexpr int kGroupStages = 8;
+constexpr int kGroupSplits = 4;  // parts of K at most
+constexpr int group_shared_bytes(int rows) {
+  return 1024 + kGroupStages * ((rows + kGroupTokens) * 128 + 2 * 8);  // from a multiple of 1024 on; two counters of arrivals
 }
-// The best rows * 16 + splits; a part of K has at least 256 columns.
-constexpr int gemm_choice(int multiprocessors, int max_cluster, int out_features, int in_features) {
-  int best = 0, least = 0;
+// Elements of W that a block streams, in rounds of blocks, and what parts and blocks cost beside them: fitted to an H200.
+constexpr int kGroupSplitCost = 50000, kGroupBlockCost = 400;
+constexpr long long group_cost(int multiprocessors, int out_features, int in_features, int rows, int splits) {
+  const int blocks = ceil_div(out_features, rows) * splits;
+  return 1LL * ceil_div(blocks, multiprocessors) * rows * ceil_div(in_features, splits) + (splits > 1 ? kGroupSplitCost : 0) +
+         smaller(blocks, multiprocessors) * kGroupBlockCost;
+}
+// The largest of 1, 1.5, 2, 3, 4, 6, ... that is not larger.
+constexpr int round_down(int value) {
+  int power = 1;
+  while (power <= value / 2) power *= 2;
+  return power / 2 * 3 <= value && power > 1 ? power / 2 * 3 : power;
+}
+// The best rows * 16 + splits. A few rows behind a weight, those of A, change nothing.
+constexpr int group_choice(int multiprocessors, int out_features, int in_features) {
+  int best = 0;
+  long long least = 0;
   for (int rows = 128; rows >= 64; rows -= 32)
-    for (int splits = 1; splits <= max_cluster && (splits == 1 || in_features / splits >= 256); splits *= 2) {
-      const int cost = gemm_cost(multiprocessors, out_features, in_features, rows, splits);
+    for (int splits = 1; splits <= kGroupSplits && (splits == 1 || in_features / splits >= 256); ++splits) {
+      const long long cost = group_cost(multiprocessors, round_down(out_features), in_features, rows, splits);
       if (best && cost >= least) continue;
       best = rows * 16 + splits;
       least = cost;

@@ -48,6 +48,8 @@ using uintptr_t = unsigned long;
 #define SGL_ARGS(type) const type
 #endif
 
+#include "tensor_map.h"
+
 namespace sgl {
 
 // ---- who am I ------------------------------------------------------------------------------------------------------
@@ -182,6 +184,14 @@ SGL_DEVICE uint8_t* shared_memory() {
 #else
   extern __shared__ __attribute__((aligned(128))) uint8_t sgl_shared[];
   return (uint8_t*)sgl_shared;
+#endif
+}
+
+SGL_DEVICE uint8_t* align_shared(uint8_t* p, int bytes) {  // the next multiple, of a power of two
+#if SGL_CUDA
+  return p + (-static_cast<uint32_t>(__cvta_generic_to_shared(p)) & (bytes - 1));
+#else
+  return p + (-reinterpret_cast<uintptr_t>(p) & (bytes - 1));
 #endif
 }
 
@@ -470,6 +480,102 @@ SGL_DEVICE void cluster_store(float* p, int rank, float value) {
   *p = value;
 #endif
 }
+
+// ---- Hopper: a copy engine, and products of four warps out of shared memory -----------------------------------------------
+// Only where SGL_WARPGROUPS is 1. Tiles in shared memory are rows of 64 bf16 in the order of swizzle.h, from a multiple of 1024 bytes on.
+
+#if SGL_CUDA && defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define SGL_WARPGROUPS 1
+
+constexpr int kWarpgroup = 128;  // threads
+
+// In shared memory: counts what a phase still waits for, arrivals and bytes. The first phase has parity 0.
+struct alignas(8) Arrivals {
+  uint64_t state;
+};
+// By one thread, which says so with `arrivals_ready` before a barrier lets others use them.
+SGL_DEVICE void arrivals_init(Arrivals* a, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(a)), "r"(count) : "memory");
+}
+SGL_DEVICE void arrivals_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+SGL_DEVICE void arrive(Arrivals* a) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(a)) : "memory");
+}
+// Arrive, and let the phase wait for so many bytes of `copy_tile`.
+SGL_DEVICE void arrive_expecting(Arrivals* a, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(a)), "r"(bytes) : "memory");
+}
+// Until the phase of this parity is over.
+SGL_DEVICE void wait_for_arrivals(Arrivals* a, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra OVER;\nbra AGAIN;\nOVER:\n}" ::"r"(
+          shared_address(a)),
+      "r"(parity)
+      : "memory");
+}
+
+// What the caches should do with a tile: its lines are used once, or by other blocks too.
+enum class Reuse : uint64_t { kNone = 0x12f0000000000000, kSoon = 0x14f0000000000000 };
+
+// A tile of the matrix that `map` describes, from (row, column) on, to shared memory; what lies beyond the matrix becomes
+// zeros. By one thread. `done` counts the bytes of the whole tile.
+SGL_DEVICE void copy_tile(void* shared, const TensorMap& map, int row, int column, Arrivals* done, Reuse reuse) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(
+          shared_address(shared)),
+      "l"(&map), "r"(column), "r"(row), "r"(shared_address(done)), "l"(static_cast<uint64_t>(reuse))
+      : "memory");
+}
+
+// D[64 x N] of a warpgroup: rows are those of A, columns those of B.
+template <int N>
+struct GroupSums {
+  float v[N / 2];
+  // Elements 2 i and 2 i + 1 of this thread are neighbours, in this row and from this column on.
+  SGL_DEVICE int row(int i) { return thread_id() % kWarpgroup / 32 * 16 + lane_id() / 4 + i % 2 * 8; }
+  SGL_DEVICE int column(int i) { return i / 2 * 8 + lane_id() % 4 * 2; }
+};
+
+SGL_DEVICE uint64_t tile_descriptor(const void* tile, int step) {  // 1024 bytes from eight rows to the next; 128-byte swizzle
+  return (shared_address(tile) + step * 32) >> 4 & 0x3fff | uint64_t{1} << 16 | uint64_t{64} << 32 | uint64_t{1} << 62;
+}
+
+// Around a run of `multiply_tiles`: before the first, after the last, and until all but the last kPending runs are done. The
+// sums may be used, and the tiles overwritten, after that alone.
+SGL_DEVICE void group_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+SGL_DEVICE void group_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending, int N>
+SGL_DEVICE void group_wait(GroupSums<N>& sums) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+  if (kPending == 0)
+    SGL_UNROLL
+    for (int i = 0; i < N / 2; ++i) asm volatile("" : "+f"(sums.v[i])::"memory");
+}
+
+#define SGL_SUMS4(i) "+f"(d.v[i]), "+f"(d.v[i + 1]), "+f"(d.v[i + 2]), "+f"(d.v[i + 3])
+#define SGL_SUMS16(i) SGL_SUMS4(i), SGL_SUMS4(i + 4), SGL_SUMS4(i + 8), SGL_SUMS4(i + 12)
+#define SGL_REGISTERS32 \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define SGL_REGISTERS48 SGL_REGISTERS32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define SGL_REGISTERS64 SGL_REGISTERS48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+
+// D += A B^T over columns 16 step ... 16 step + 15 of a tile of 64 rows and one of N.
+SGL_DEVICE void multiply_tiles(GroupSums<64>& d, const void* a, const void* b, int step) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" SGL_REGISTERS32 "}, %32, %33, 1, 1, 1, 0, 0;"
+               : SGL_SUMS16(0), SGL_SUMS16(16)
+               : "l"(tile_descriptor(a, step)), "l"(tile_descriptor(b, step)));
+}
+SGL_DEVICE void multiply_tiles(GroupSums<96>& d, const void* a, const void* b, int step) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {" SGL_REGISTERS48 "}, %48, %49, 1, 1, 1, 0, 0;"
+               : SGL_SUMS16(0), SGL_SUMS16(16), SGL_SUMS16(32)
+               : "l"(tile_descriptor(a, step)), "l"(tile_descriptor(b, step)));
+}
+SGL_DEVICE void multiply_tiles(GroupSums<128>& d, const void* a, const void* b, int step) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" SGL_REGISTERS64 "}, %64, %65, 1, 1, 1, 0, 0;"
+               : SGL_SUMS16(0), SGL_SUMS16(16), SGL_SUMS16(32), SGL_SUMS16(48)
+               : "l"(tile_descriptor(a, step)), "l"(tile_descriptor(b, step)));
+}
+#endif
 
 // ---- the kernels before and after in the stream ------------------------------------------------------------------------
 
