@@ -28,10 +28,17 @@ MIXED: list[dict[str, Any]] = [
 MODES: dict[str, dict[str, Any]] = {
     "chunked": {"chunked_prefill_size": 16, "max_total_tokens": 2048, "page_size": 4},
     "mixed": {"chunked_prefill_size": 16, "max_total_tokens": 2048, "enable_mixed_chunk": True, "depth": 1},
-    "retracting": {"chunked_prefill_size": 16, "max_total_tokens": 160, "schedule_conservativeness": 0.02, "depth": 1},
+    "retracting": {
+        "chunked_prefill_size": 16,
+        "max_total_tokens": 160,
+        "page_size": 1,
+        "schedule_conservativeness": 0.02,
+        "depth": 1,
+    },
     "retracting_mixed": {
         "chunked_prefill_size": 16,
         "max_total_tokens": 160,
+        "page_size": 1,
         "schedule_conservativeness": 0.02,
         "enable_mixed_chunk": True,
     },
@@ -45,7 +52,7 @@ def prompt(length: int, seed: int) -> list[int]:
 
 def assert_equals_peft(peft: PeftModels, name: str | None, ids: list[int], result: Result, atol: float = ATOL) -> None:
     """Every position of a greedy request whose prompt was scored or not."""
-    assert result.finish is Finish.LENGTH
+    assert result.finish is Finish.LENGTH, result.info
     want = peft.logprobs(ids + result.tokens, name)
     first, last = len(ids) - 1, len(ids) - 1 + len(result.tokens)
     np.testing.assert_allclose(np.stack(result.output_table), want[first:last], atol=atol, rtol=0)

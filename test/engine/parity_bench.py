@@ -88,6 +88,7 @@ class Result:
     input_table: list[np.ndarray] = field(default_factory=list)
     input_logprobs: list[float] = field(default_factory=list)
     finish: Finish = Finish.NONE
+    info: wire.FinishInfo | None = None
     cached: int = 0
 
 
@@ -182,6 +183,7 @@ class RealBench:
             result.tokens += [next(tokens) for _ in range(counts[row])]
             result.logprobs += [next(logprobs) for _ in range(counts[row])]
             result.finish = Finish(message.finish[row])
+            result.info = message.finish_info.get(row)
             result.cached = message.cached_tokens.get(row, result.cached)
             extras = message.extras.get(row)
             if extras is not None:
@@ -235,6 +237,7 @@ MODES: dict[str, dict[str, Any]] = {
     "retracting": {
         "chunked_prefill_size": 16,
         "max_total_tokens": 112,
+        "page_size": 1,
         "enable_mixed_chunk": True,
         "schedule_conservativeness": 0.05,
         "depth": 1,
@@ -271,7 +274,7 @@ def check_mode(
     bench.run()
     for req_id, (prompt, temperature, _) in jobs.items():
         result = bench.results[req_id]
-        assert result.finish is Finish.LENGTH
+        assert result.finish is Finish.LENGTH, (req_id, result.info)
         assert_parity(
             model,
             prompt,

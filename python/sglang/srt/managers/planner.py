@@ -174,7 +174,8 @@ class Planner:
         budget = self.schedule.max_prefill_tokens
         if self.schedule.chunked_prefill_size is not None:
             budget = min(budget, self.schedule.chunked_prefill_size)
-        budget -= num_decodes
+        # At least a page, or decodes could keep prompts away for as long as they run.
+        budget = max(budget - num_decodes, self.kv.page_size)
         segments: list[Segment] = []
         in_progress: set[PrefixKey] = set()
         if self.partial is not None:

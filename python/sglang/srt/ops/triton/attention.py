@@ -540,9 +540,13 @@ def _attend(
             seen = tokens <= limit[:, None]
             if WINDOW > 0:
                 seen = seen & (tokens > limit[:, None] - WINDOW)
-            scores = tl.where(seen, scores, _NEVER)
-        new = tl.maximum(top, tl.max(scores, 1) * scale)
-        weights = tl.exp2(scores * scale - new[:, None])
+            # Masked after the scale: of _NEVER * scale - new, rounded once, there would be a rest of 1e22 to exp2.
+            scores = tl.where(seen, scores * scale, _NEVER)
+            new = tl.maximum(top, tl.max(scores, 1))
+            weights = tl.exp2(scores - new[:, None])
+        else:
+            new = tl.maximum(top, tl.max(scores, 1) * scale)
+            weights = tl.exp2(scores * scale - new[:, None])
         before = tl.exp2(top - new)
         total = total * before + tl.sum(weights, 1)
         acc = acc * before[:, None]
