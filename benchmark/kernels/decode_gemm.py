@@ -75,7 +75,8 @@ def systems(
     """(name, a step's products) of everything that is compared."""
     weights = [matrix.with_tail(0) for matrix in extended]
     inputs = {w.shape[1]: torch.randn(tokens, w.shape[1], device="cuda", dtype=torch.bfloat16) for w in weights}
-    outputs = {w.shape[0]: torch.empty(tokens, w.shape[0], device="cuda", dtype=torch.bfloat16) for w in weights}
+    widths = {len(matrix.with_tail(adapters)) for matrix in extended for adapters in (0, *tails)}
+    outputs = {width: torch.empty(tokens, width, device="cuda", dtype=torch.bfloat16) for width in widths}
     native = _binding.native_for(inputs[weights[0].shape[1]])
     assert native is not None, "no binary for this GPU"
 
@@ -83,13 +84,14 @@ def systems(
         for matrix in extended:
             torch.mm(inputs[matrix.data.shape[1]], matrix.with_tail(adapters).t())
 
-    def ours(count: int) -> None:
-        for w in weights:
-            native.skinny_gemm(inputs[w.shape[1]], w, outputs[w.shape[0]], splits=count)
+    def ours(count: int, adapters: int = 0) -> None:
+        for matrix in extended:
+            w = matrix.with_tail(adapters)
+            native.skinny_gemm(inputs[w.shape[1]], w, outputs[len(w)], splits=count)
 
-    def overlapped(count: int) -> None:
+    def overlapped(count: int, adapters: int = 0) -> None:
         with _binding.programmatic_launch():
-            ours(count)
+            ours(count, adapters)
 
     yield "cublas", lambda: cublas(0)
     for count in tails:
@@ -98,6 +100,9 @@ def systems(
         return
     yield "ours", lambda: ours(0)
     yield "ours+overlap", lambda: overlapped(0)
+    if tokens > 16:
+        for count in tails:
+            yield f"ours+overlap, A of {count}", lambda count=count: overlapped(0, count)
     for count in splits:
         yield f"ours+overlap, {count} splits", lambda count=count: overlapped(count)
 

@@ -88,6 +88,12 @@ def launches_early(device: torch.device) -> bool:
 
 
 @functools.cache
+def has_warpgroups(device: torch.device) -> bool:
+    """Whether a CUDA device multiplies by warpgroups: Hopper."""
+    return not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@functools.cache
 def _shape(words: tuple[int, ...]) -> Any:
     import tvm_ffi
 

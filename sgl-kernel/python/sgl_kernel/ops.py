@@ -47,9 +47,14 @@ def backend_for(tensor: Tensor) -> Any:
     return triton_ops
 
 
-def is_compiled_for(tensor: Tensor) -> bool:
-    """Whether operations on this tensor are the compiled library's."""
-    return _binding.native_for(tensor) is not None
+def streamed_rows(tensor: Tensor) -> int:
+    """Rows up to which `skinny_gemm` of tensors like this one keeps the memory busier than a library's product does.
+
+    64 on Hopper, 16 on other GPUs that there are compiled kernels for, else 0 (`benchmark/kernels/decode_gemm.py`).
+    """
+    if _binding.native_for(tensor) is None:
+        return 0
+    return MAX_SKINNY_ROWS if _binding.has_warpgroups(tensor.device) else 16
 
 
 # ---- adapters --------------------------------------------------------------------------------------------------------

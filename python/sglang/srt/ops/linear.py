@@ -4,8 +4,8 @@ On a CPU the product is cut along its outputs. MKL's float32 GEMM of a few rows 
 memory speed; as a batch of narrow products over the same, unpacked weight it took 0.6 of the time at 4 to 64 rows, and
 from 128 rows on saves little (two-core AVX-512 Xeon, one thread; `benchmark/kernels/cpu_decode.py`).
 
-On a GPU the product of a few rows is sgl_kernel's, which streams the weight at nearly the memory's speed; from
-`SKINNY_ROWS` rows on cuBLAS is faster (`benchmark/kernels/decode_gemm.py`).
+On a GPU the product of a few rows is sgl_kernel's, which streams the weight at nearly the memory's speed; of more rows
+cuBLAS is faster (`benchmark/kernels/decode_gemm.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sglang.srt.ops.packed import PackedWeight, packed_linear
 _BLOCK = 32
 _MIN_ROWS, _MAX_DOT_ROWS, _MAX_ROWS = 4, 8, 128
 SKINNY_ROWS = 16
-"""Rows up to which sgl_kernel's product is faster than cuBLAS's."""
+"""Rows up to which sgl_kernel's product takes the rows of A along from wherever they are."""
 
 
 class Product(NamedTuple):
@@ -62,14 +62,18 @@ def _linear_mkl(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def is_skinny(x: Tensor, weight: Tensor) -> bool:
-    """Whether sgl_kernel's product takes these, and is the faster one."""
-    # Rows of all three start at multiples of 16 bytes; Triton's twin of the product is not faster than cuBLAS.
-    fits = len(x) <= SKINNY_ROWS and weight.shape[0] % 8 == weight.shape[1] % 8 == 0
-    return fits and fused.is_compiled_for(x)
+    """Whether sgl_kernel's product takes these and the rows of A of any slot, and is the fastest way."""
+    return len(x) <= SKINNY_ROWS and _is_streamed(x, weight)
+
+
+def _is_streamed(x: Tensor, weight: Tensor) -> bool:
+    """Whether sgl_kernel's product takes these, and is faster than cuBLAS's."""
+    # Rows of all three start at multiples of 16 bytes.
+    return weight.shape[0] % 8 == weight.shape[1] % 8 == 0 and len(x) <= fused.streamed_rows(x)
 
 
 def _linear_gpu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not is_skinny(x, weight):
+    if not _is_streamed(x, weight):
         return F.linear(x, weight, bias)
     y = fused.skinny_gemm(x, weight)
     return y if bias is None else y.add_(bias)
@@ -101,7 +105,7 @@ def head_logits(x: Tensor, weight: Tensor | PackedWeight, dtype: torch.dtype, ou
         return torch.mm(x.to(dtype), weight.to(dtype).t(), out=out)
     if out is None:
         return linear(x, weight).contiguous()
-    return fused.skinny_gemm(x, weight, out) if is_skinny(x, weight) else torch.mm(x, weight.t(), out=out)
+    return fused.skinny_gemm(x, weight, out) if _is_streamed(x, weight) else torch.mm(x, weight.t(), out=out)
 
 
 def embedding(ids: Tensor, weight: Tensor | PackedWeight) -> Tensor:
