@@ -39,6 +39,8 @@ void group_gemm(const TensorView& x, const TensorView& weight, const TensorView&
   const int choice = group_choice(driver::device(place.device_id).multiprocessors, args.out_features, args.in_features);
   const int rows = choice / 16;
   args.num_splits = splits > 0 ? smaller(static_cast<int>(splits), kGroupSplits) : choice % 16;
+  args.part_columns = ceil_div(ceil_div(args.in_features, 64), args.num_splits) * 64;
+  args.share_tokens = ceil_div(args.tokens, args.num_splits);
   args.x = driver::tensor_map(x.data_ptr(), args.tokens, args.in_features, x.stride(0), kGroupTokens);
   args.weight = driver::tensor_map(weight.data_ptr(), args.out_features, args.in_features, weight.stride(0), rows);
   args.y = data<uint16_t>(y);

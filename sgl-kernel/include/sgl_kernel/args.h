@@ -66,7 +66,8 @@ struct GroupGemmArgs {
   uint16_t* y;
   int64_t y_stride;
   int32_t tokens, in_features, out_features;
-  int32_t num_splits;  // blocks of a cluster, each with its part of K
+  int32_t num_splits;                  // blocks of a cluster
+  int32_t part_columns, share_tokens;  // of K that each of them multiplies, in multiples of 64; of the rows that it adds up
 };
 
 struct ShrinkArgs {

@@ -3,12 +3,11 @@
 //
 // A block computes all token rows of kRows columns of y over its part of K; the blocks of a cluster take the parts, and the parts are
 // added in the order of their ranks: a row's bits depend on the matrix alone. Weights are static, so the ring is full of them before
-// the previous kernel has finished.
+// the previous kernel has finished. What comes after has to fetch its code first, which is why loops are not unrolled.
 #pragma once
 
 #include "geometry.h"
 #include "swizzle.h"
-#include "tile_gemm.h"
 #include "vendor.h"
 
 #if SGL_WARPGROUPS
@@ -28,15 +27,16 @@ struct GroupGemm {
   const GroupGemmArgs& args;
   uint8_t* const ring;                // a stage is a tile of tokens, then one of weights
   Arrivals *const filled, *const free;  // of every stage
-  const int first_row;
-  const Range k;
+  const int first_row, first_column;
+  const int steps;  // none where there are fewer tiles than parts
 
   static __device__ __forceinline__ void run(const GroupGemmArgs& args) {
     let_next_kernel_start();
     uint8_t* const ring = align_shared(shared_memory(), 1024);
     Arrivals* const filled = reinterpret_cast<Arrivals*>(ring + kStages * kStageBytes);
-    const Range k = part_of(args.in_features, cluster_rank(), cluster_size());
-    GroupGemm{args, ring, filled, filled + kStages, block_x() / args.num_splits * kRows, k}.run();
+    const int begin = cluster_rank() * args.part_columns, left = args.in_features - begin;
+    const int columns = left < args.part_columns ? left : args.part_columns;
+    GroupGemm{args, ring, filled, filled + kStages, cluster_x() * kRows, begin, (columns + 63) / 64}.run();
   }
 
  private:
@@ -49,10 +49,9 @@ struct GroupGemm {
       arrivals_ready();
     }
     barrier();
-    const int steps = (k.end - k.begin + 63) / 64;
     GroupSums<kRows> sums;
-    if (thread_id() == kWarpgroup) copy(steps);
-    if (thread_id() < kWarpgroup) multiply(sums, steps);
+    if (thread_id() == kWarpgroup) copy();
+    if (thread_id() < kWarpgroup) multiply(sums);
     wait_for_previous_kernel();  // which may read what y was
     if (args.num_splits == 1) {
       if (thread_id() < kWarpgroup) store(sums);
@@ -66,16 +65,19 @@ struct GroupGemm {
   __device__ __forceinline__ void copy_weights(int step) const {
     Arrivals* const done = filled + step % kStages;
     arrive_expecting(done, kStageBytes);
-    copy_tile(stage(step) + kTokenBytes, args.weight, first_row, k.begin + step * 64, done, Reuse::kNone);
+    copy_tile(stage(step) + kTokenBytes, args.weight, first_row, first_column + step * 64, done, Reuse::kNone);
   }
   __device__ __forceinline__ void copy_tokens(int step) const {
-    copy_tile(stage(step), args.x, 0, k.begin + step * 64, filled + step % kStages, Reuse::kSoon);
+    copy_tile(stage(step), args.x, 0, first_column + step * 64, filled + step % kStages, Reuse::kSoon);
   }
-  __device__ __forceinline__ void copy(int steps) const {
+  __device__ __forceinline__ void copy() const {
     const int early = steps < kStages ? steps : kStages;
+    SGL_NO_UNROLL
     for (int step = 0; step < early; ++step) copy_weights(step);
     wait_for_previous_kernel();
+    SGL_NO_UNROLL
     for (int step = 0; step < early; ++step) copy_tokens(step);
+    SGL_NO_UNROLL
     for (int step = kStages; step < steps; ++step) {
       wait_for_arrivals(free + step % kStages, (step / kStages - 1) % 2);
       copy_weights(step);
@@ -83,9 +85,10 @@ struct GroupGemm {
     }
   }
 
-  __device__ __forceinline__ void multiply(GroupSums<kRows>& sums, int steps) const {
+  __device__ __forceinline__ void multiply(GroupSums<kRows>& sums) const {
     SGL_UNROLL
     for (int i = 0; i < kRows / 2; ++i) sums.v[i] = 0.f;
+    SGL_NO_UNROLL
     for (int step = 0; step < steps; ++step) {
       wait_for_arrivals(filled + step % kStages, step / kStages % 2);
       group_begin();
@@ -100,10 +103,13 @@ struct GroupGemm {
 
   __device__ __forceinline__ void store(const GroupSums<kRows>& sums) const {
     SGL_UNROLL
-    for (int i = 0; i < kRows / 4; ++i) {
-      const int token = sums.row(i), n = first_row + sums.column(i);
-      if (token < args.tokens && n < args.out_features)
-        *reinterpret_cast<uint32_t*>(args.y + token * args.y_stride + n) = pack_bf16(sums.v[2 * i], sums.v[2 * i + 1]);
+    for (int half = 0; half < 2; ++half) {
+      const int token = sums.row(half);
+      if (token >= args.tokens) continue;
+      uint32_t* const y = reinterpret_cast<uint32_t*>(args.y + token * args.y_stride + first_row + sums.column(half));
+      SGL_UNROLL
+      for (int i = half; i < kRows / 4; i += 2)  // columns are in or out of the matrix eight by eight
+        if (first_row + i * 4 < args.out_features) y[i / 2 * 4] = pack_bf16(sums.v[2 * i], sums.v[2 * i + 1]);
     }
   }
 
@@ -117,8 +123,9 @@ struct GroupGemm {
         *reinterpret_cast<Float2*>(part + sums.row(i) * kSumStride + sums.column(i)) = {{sums.v[2 * i], sums.v[2 * i + 1]}};
     cluster_barrier();
     constexpr int kQuads = kRows / 4;
-    const int parts = args.num_splits, share = (args.tokens + parts - 1) / parts, first = cluster_rank() * share;
-    const int end = first + share, last = end < args.tokens ? end : args.tokens;
+    const int parts = args.num_splits, first = cluster_rank() * args.share_tokens;
+    const int end = first + args.share_tokens, last = end < args.tokens ? end : args.tokens;
+    SGL_NO_UNROLL
     for (int i = first * kQuads + thread_id(); i < last * kQuads; i += kThreads) {
       const int token = i / kQuads, row = i % kQuads * 4, n = first_row + row;
       const Float4* const place = reinterpret_cast<const Float4*>(part + token * kSumStride + row);
