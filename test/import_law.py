@@ -57,6 +57,7 @@ SHARED_LORA = (
     "adapter_fit",
     "adapter_image",
     "adapter_reader",
+    "adapter_slab",
     "adapter_source",
     "host_buffer",
     "lease",
@@ -88,6 +89,8 @@ LEVELS: dict[str, tuple[float, str]] = {
     # What a step hands to models and attention stands below both.
     "sglang.srt.model_executor.forward_context": (2.15, BACK),
     "sglang.srt.ops": (2.1, BACK),
+    # How slabs travel: the one operator-less module, which trainers and the front read.
+    "sglang.srt.ops.slab_image": (1, SHARED),
     "sglang.srt.distributed": (2.2, BACK),
     "sglang.srt.layers": (2.3, BACK),
     "sglang.srt.sampling": (2.3, BACK),
@@ -110,7 +113,7 @@ LEVELS: dict[str, tuple[float, str]] = {
 }
 
 # Empty package files, which importing a submodule runs: they stand below everything.
-NAMESPACES = ("sglang.srt", "sglang.srt.lora", "sglang.srt.managers", "sglang.srt.sampling")
+NAMESPACES = ("sglang.srt", "sglang.srt.lora", "sglang.srt.managers", "sglang.srt.ops", "sglang.srt.sampling")
 
 # Third-party packages only some modules may import, wherever in the file the import stands.
 ONLY: dict[str, tuple[str, ...]] = {

@@ -33,7 +33,7 @@ GOLDEN_FIELDS: dict[str, tuple[str | None, str]] = {
     "Ready": (
         "ready",
         "pid max_total_num_tokens max_req_input_len max_running_requests context_length device dtype memory_usage "
-        "load_seconds",
+        "load_seconds slab_layout",
     ),
     "ReceiveCall": ("receive", "call_id group broadcast path nbytes seconds"),
     "RowLogprobs": (None, "input_logprobs input_top input_ids output_top output_ids"),
@@ -140,7 +140,7 @@ TO_BACK: list[tuple[Any, str]] = [
 TO_FRONT: list[tuple[Any, str]] = [
     (
         wire.Ready(1, 2, 3, 4, 5, "cpu", "float32", {"weight": 0.5}, 1.5),
-        "9aa572656164790102030405a3637075a7666c6f6174333281a6776569676874cb3fe0000000000000cb3ff8000000000000",
+        "9ba572656164790102030405a3637075a7666c6f6174333281a6776569676874cb3fe0000000000000cb3ff8000000000000c0",
     ),
     (
         STEP,

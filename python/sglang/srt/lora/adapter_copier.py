@@ -24,6 +24,8 @@ from sglang.srt.ops.slabs import LoraLayout, ModelSlabs, Slab, SlabFrame, SlabMo
 
 MAX_PARTS, MAX_READERS = 128, 4
 """Parts of memory that one read fills (systems take 1024 at most), and reads at once."""
+READ_BYTES = 8 << 20
+"""A read with so many takes no more parts: a slab, which has few, is read by several threads, too."""
 WARM_SLABS = 2
 """Page-locked slabs that are there before the first adapter comes: one that is served, one that replaces it."""
 
@@ -208,15 +210,18 @@ def _numbers(shape: tuple[int, int]) -> int:
 
 
 def _reads(targets: Iterable[Target], item: int) -> list[Read]:
-    """As few as possible, in the order of the file."""
+    """In the order of the file, few of them; what also lies side by side where it goes, as of slabs, is one part."""
     reads: list[Read] = []
     end = -1
     for target in sorted(targets, key=lambda target: target.span.offset):
-        if target.span.offset != end or len(reads[-1].parts) == MAX_PARTS:
-            reads.append(Read(target.span.offset, []))
-        nbytes = _numbers(target.span.shape) * item
-        reads[-1].parts.append((target.in_slab, target.start * item, target.start * item + nbytes))
-        end = target.span.offset + nbytes
+        offset, start, nbytes = target.span.offset, target.start * item, _numbers(target.span.shape) * item
+        if offset != end or len(reads[-1].parts) == MAX_PARTS or end - reads[-1].offset >= READ_BYTES:
+            reads.append(Read(offset, []))
+        parts = reads[-1].parts
+        if parts and parts[-1][0] == target.in_slab and parts[-1][2] == start:
+            start = parts.pop()[1]
+        parts.append((target.in_slab, start, target.start * item + nbytes))
+        end = offset + nbytes
     return reads
 
 

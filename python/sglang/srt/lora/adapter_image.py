@@ -2,7 +2,8 @@
 
 Called by `adapter_reader`. An image has the modules in the order of their names, A before B, then repeated base
 weights; every matrix starts at a multiple of _ALIGNMENT bytes, with zeros in between. An A that several modules share
-is there once for each, so equal modules have equal images, whatever names and order their tensors came in.
+is there once for each, so equal modules have equal images, whatever names and order their tensors came in. The image of
+an adapter that comes as a slab is the slab: equal modules have equal slabs, too, but another digest than their tensors.
 An image is checked and hashed in leaves, beside each other. All of this is few calls of many bytes, because a thread
 that has called waits for the interpreter, and whoever streams tokens in this process waits for it.
 """
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 
 from sglang.srt.lora.adapter import AdapterModule, DType, Span
 from sglang.srt.lora.adapter_fit import AdapterPlan, PlannedModule
+from sglang.srt.lora.adapter_slab import AdapterSlab, SlabFrame
 from sglang.srt.lora.adapter_source import TensorSource
 from sglang.srt.lora.safetensors_bytes import ITEM_BYTES, TensorEntry
 
@@ -70,6 +72,7 @@ class AdapterImage:
         pieces: the spans of every tensor that was sent, in the order of its rows.
         head: what a digest covers besides the bytes: names, scales, dtypes and shapes.
         stretches: what to copy from the source; gaps: (first, last + 1) of the bytes in between, zeros.
+        frame: of a slab, what its bytes must be where no factor is.
     """
 
     nbytes: int
@@ -80,6 +83,7 @@ class AdapterImage:
     stretches: list[Stretch]
     gaps: list[tuple[int, int]]
     leaves: list[Leaf]
+    frame: SlabFrame | None = None
 
     def fill(self, source: TensorSource, view: NDArray[np.uint8]) -> None:
         """Read an adapter.
@@ -132,8 +136,7 @@ def lay_out(plan: AdapterPlan, entries: Mapping[str, TensorEntry]) -> AdapterIma
     layout = _Layout(entries)
     modules = tuple(layout.module(module) for module in plan.modules)
     copies = tuple((name, layout.place(tensor, _shape(entries[tensor]))) for name, tensor in sorted(plan.base_copies))
-    head = [[m.name, m.scale.hex(), *([f.dtype, f.shape] for f in (m.a, m.b))] for m in modules]
-    head += [[name, [span.dtype, span.shape]] for name, span in copies]
+    head = _described(modules) + [[name, [span.dtype, span.shape]] for name, span in copies]
     stretches = list(_joined(layout.stretches))
     ends = [0, *(stretch.end for stretch in stretches)]
     starts = [*(stretch.offset for stretch in stretches), layout.nbytes]
@@ -146,6 +149,28 @@ def lay_out(plan: AdapterPlan, entries: Mapping[str, TensorEntry]) -> AdapterIma
         stretches=stretches,
         gaps=[(end, start) for end, start in zip(ends, starts, strict=True) if end < start],
         leaves=_leaves(stretches, layout.nbytes),
+    )
+
+
+def keep_slab(plan: AdapterPlan, slab: AdapterSlab) -> AdapterImage:
+    """The image of a slab that fits the model: its own bytes."""
+
+    def span(tensor: str) -> Span:
+        entry = slab.entries[tensor]
+        return Span(entry.dtype, _shape(entry), entry.begin)
+
+    modules = tuple(AdapterModule(m.name, m.scale, span(m.a), span(m.b)) for m in plan.modules)
+    dtype = modules[0].a.dtype
+    return AdapterImage(
+        nbytes=slab.nbytes,
+        modules=modules,
+        base_copies=(),
+        pieces={name: [span(name)] for name in slab.entries},
+        head=json.dumps([slab.digest, *_described(modules)]).encode(),
+        stretches=[Stretch(0, 0, slab.nbytes, dtype)],
+        gaps=[],
+        leaves=_leaves([Stretch(slab.start, slab.start, slab.end - slab.start, dtype)], slab.nbytes),
+        frame=slab.frame({module.name: module.scale for module in plan.modules}),
     )
 
 
@@ -190,6 +215,11 @@ def all_finite(data: NDArray[np.uint8], dtype: DType) -> bool:
 def bytes_of(view: NDArray[np.uint8], span: Span) -> NDArray[np.uint8]:
     """The bytes of a matrix in an image."""
     return view[span.offset : span.offset + span.shape[0] * span.shape[1] * ITEM_BYTES[span.dtype]]
+
+
+def _described(modules: Iterable[AdapterModule]) -> list[list[object]]:
+    """Modules in a digest."""
+    return [[m.name, m.scale.hex(), *([f.dtype, f.shape] for f in (m.a, m.b))] for m in modules]
 
 
 def _shape(entry: TensorEntry) -> tuple[int, int]:

@@ -1,8 +1,9 @@
 """Turns what a client sends, a directory or tensors in a request, into an `Adapter` that fits the model.
 
 Called by the adapter service in a worker thread. Names, shapes and ranks are checked on the headers, before memory is
-taken; then every tensor is read once, straight into the buffer that the back will read. Between calls it holds what
-versions of one policy share: where their tensors go, and the buffer of the last one.
+taken; then every tensor is read once, straight into the buffer that the back will read. A safetensors image may hold a
+slab instead of tensors (`adapter_slab`). Between calls it holds what versions of one policy share: where their tensors
+go, and the buffer of the last one.
 Invariants: what comes out needs no further check; the files are never read again; a call that fails leaves nothing; all
 problems of one stage are in one message.
 """
@@ -25,7 +26,8 @@ from sglang.srt.errors import AdapterError
 from sglang.srt.lora.adapter import Adapter
 from sglang.srt.lora.adapter_config import AdapterConfig, parse_adapter_config
 from sglang.srt.lora.adapter_fit import AdapterFit
-from sglang.srt.lora.adapter_image import AdapterImage, lay_out
+from sglang.srt.lora.adapter_image import AdapterImage, keep_slab, lay_out
+from sglang.srt.lora.adapter_slab import AdapterSlab
 from sglang.srt.lora.adapter_source import (
     ADDED_TOKENS_FILE,
     CONFIG_FILE,
@@ -39,7 +41,7 @@ from sglang.srt.lora.adapter_source import (
 )
 from sglang.srt.lora.host_buffer import HostBuffer, HostBuffers
 from sglang.srt.lora.problems import MAX_LISTED, invalid, raise_all
-from sglang.srt.lora.safetensors_bytes import TensorEntry, looks_like_safetensors
+from sglang.srt.lora.safetensors_bytes import Layout, looks_like_safetensors
 from sglang.srt.lora.target_modules import module_shapes
 from sglang.srt.lora.tensor_unpickler import unpickle_tensors
 
@@ -90,6 +92,9 @@ class AdapterReader:
     Args:
         model_path: what the server serves, compared with the adapter's base_model_name_or_path.
         max_bytes: most bytes of tensors; None for DEFAULT_MAX_BYTES.
+
+    Attributes:
+        slab_layout: what the back keeps adapters in, as it describes it; None until it has said so.
     """
 
     def __init__(self, model: ModelConfig, lora: LoRASection, model_path: str, max_bytes: int | None = None) -> None:
@@ -98,10 +103,11 @@ class AdapterReader:
         self._vocab_size = model.vocab_size
         self._shapes = module_shapes(model)
         self._max_bytes = DEFAULT_MAX_BYTES if max_bytes is None else max_bytes
+        self.slab_layout: Mapping[str, Any] | None = None
         self._buffers = HostBuffers()
         # Its threads never wait for a file: one that hangs must not take them from other loads.
         self._pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="examine-adapter")
-        self._last: tuple[AdapterConfig | None, Mapping[str, TensorEntry], AdapterImage | None] = None, {}, None
+        self._last: tuple[AdapterConfig, Layout, AdapterImage] | None = None
 
     def read_directory(self, path: str) -> ReadAdapter:
         """Read adapter_config.json and adapter_model.safetensors.
@@ -134,7 +140,8 @@ class AdapterReader:
             payload: a safetensors image or a pickle of tensors, as bytes or base64; or a list of equal ones, one per
                 tensor-parallel rank.
             load_format: safetensors, flattened_bucket, or None to tell by the bytes.
-            expected_checksums: hex SHA-256 of each tensor's bytes by its name as sent; exactly these must have come.
+            expected_checksums: hex SHA-256 of each tensor's bytes by its name as sent, or, of a slab, by the name that
+                PEFT gives it; exactly these must have come.
             added_tokens: what added_tokens.json would say.
 
         Raises:
@@ -158,7 +165,7 @@ class AdapterReader:
         self, config: AdapterConfig, source: TensorSource, checksums: Mapping[str, str] | None = None
     ) -> ReadAdapter:
         self._check_base(config)
-        image = self._image(config, source.entries)
+        image = self._image(config, source.layout)
         buffer = self._take(image.nbytes)
         try:
             image.fill(source, buffer.view)
@@ -171,16 +178,21 @@ class AdapterReader:
         adapter = Adapter(buffer.path, image.nbytes, image.modules, image.base_copies)
         return ReadAdapter(adapter, buffer, digest, len(image.pieces), self._buffers)
 
-    def _image(self, config: AdapterConfig, entries: Mapping[str, TensorEntry]) -> AdapterImage:
+    def _image(self, config: AdapterConfig, layout: Layout) -> AdapterImage:
         """What to make of tensors of these names and shapes: mostly the same as of the last ones."""
-        known_config, known_entries, image = self._last
-        if image is None or known_config != config or known_entries != entries:
-            plan = AdapterFit(self._shapes, self._lora, config, entries).plan()
-            image = lay_out(plan, entries)
-            self._last = config, entries, image
+        last = self._last
+        if last is None or last[:2] != (config, layout):
+            last = self._last = config, layout, self._new_image(config, layout)
+        image = last[2]
         if image.nbytes > self._max_bytes:
             raise invalid(f"{image.nbytes} bytes of tensors exceed this server's limit of {self._max_bytes}")
         return image
+
+    def _new_image(self, config: AdapterConfig, layout: Layout) -> AdapterImage:
+        if layout.slab is None:
+            return lay_out(AdapterFit(self._shapes, self._lora, config, layout.entries).plan(), layout.entries)
+        slab = AdapterSlab(layout.slab, layout.nbytes, self.slab_layout)
+        return keep_slab(AdapterFit(self._shapes, self._lora, config, slab.entries).plan(), slab)
 
     def _take(self, size: int) -> HostBuffer:
         try:
@@ -222,7 +234,9 @@ def _content_problems(
     image: AdapterImage, view: NDArray[np.uint8], finite: bool, checksums: Mapping[str, str] | None
 ) -> list[str]:
     """What is wrong with the bytes. Returned, not raised: a traceback would hold on to views of the buffer."""
-    problems = [] if finite else [f"{name} has NaN or infinite values" for name in image.not_finite(view)]
+    problems = [] if image.frame is None else image.frame.problems(view)
+    if not finite:
+        problems += [f"{name} has NaN or infinite values" for name in image.not_finite(view)]
     if checksums is None:
         return problems
     problems += [

@@ -21,7 +21,14 @@ from numpy.typing import NDArray
 
 from sglang.srt.errors import AdapterError
 from sglang.srt.lora.problems import MAX_LISTED, invalid
-from sglang.srt.lora.safetensors_bytes import PREFIX_BYTES, TensorEntry, header_bytes, parse_header, parse_image
+from sglang.srt.lora.safetensors_bytes import (
+    PREFIX_BYTES,
+    Layout,
+    TensorEntry,
+    header_bytes,
+    parse_header,
+    parse_image,
+)
 from sglang.srt.lora.tensor_unpickler import RawTensor
 
 CONFIG_FILE, WEIGHTS_FILE, ADDED_TOKENS_FILE = "adapter_config.json", "adapter_model.safetensors", "added_tokens.json"
@@ -35,7 +42,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 class TensorSource(Protocol):
     """Tensors of one adapter, row-major and one behind the other: shapes at once, bytes later, by several threads."""
 
-    entries: Mapping[str, TensorEntry]
+    layout: Layout
 
     def read(self, begin: int, target: NDArray[np.uint8]) -> None:
         """Fill uint8 [n] with the bytes from `begin` on, which may be those of several tensors."""
@@ -48,8 +55,7 @@ class ImageTensors:
     """A safetensors image in memory."""
 
     def __init__(self, image: memoryview, max_bytes: int) -> None:
-        layout, data = parse_image(image, max_bytes)
-        self.entries: Mapping[str, TensorEntry] = layout.entries
+        self.layout, data = parse_image(image, max_bytes)
         self._data = np.frombuffer(data, dtype=np.uint8)
 
     def read(self, begin: int, target: NDArray[np.uint8]) -> None:
@@ -66,10 +72,11 @@ class PickledTensors:
     def __init__(self, tensors: Mapping[str, RawTensor]) -> None:
         self._values = [tensor.values for tensor in tensors.values()]
         self._begins = [0, *itertools.accumulate(values.size * values.itemsize for values in self._values)]
-        self.entries: Mapping[str, TensorEntry] = {
+        entries = {
             name: TensorEntry(tensor.dtype, tensor.values.shape, begin, end - begin)
             for (name, tensor), begin, end in zip(tensors.items(), self._begins, self._begins[1:], strict=False)
         }
+        self.layout = Layout(entries, self._begins[-1])
 
     def read(self, begin: int, target: NDArray[np.uint8]) -> None:
         """See TensorSource."""
@@ -100,10 +107,10 @@ class FileTensors:
         self._start = PREFIX_BYTES + header_bytes(prefix)
         if self._start > self._before.st_size:
             self._unreadable("is not written completely")
-        layout = parse_header(os.pread(fd, self._start - PREFIX_BYTES, PREFIX_BYTES), max_bytes)
-        if self._start + layout.nbytes != self._before.st_size:
-            self._unreadable(f"has {self._before.st_size} bytes, its header describes {self._start + layout.nbytes}")
-        self.entries: Mapping[str, TensorEntry] = layout.entries
+        self.layout = parse_header(os.pread(fd, self._start - PREFIX_BYTES, PREFIX_BYTES), max_bytes)
+        end = self._start + self.layout.nbytes
+        if end != self._before.st_size:
+            self._unreadable(f"has {self._before.st_size} bytes, its header describes {end}")
 
     def read(self, begin: int, target: NDArray[np.uint8]) -> None:
         """See TensorSource."""

@@ -58,6 +58,9 @@ class LoRAManager:
         slabs: made of the same tensors' shapes.
         num_slots: versions that a step may name; memory for them is taken at once, if the device is not the host.
         extended: parameters with room for A behind them, see WeightTails.
+
+    Attributes:
+        layout: of slabs, at the largest rank that adapters may have.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class LoRAManager:
         extended: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.device = device
+        self.layout = slabs.layout
         self._parameters = parameters
         self._tensors = dict(tensors)
         self._places = {

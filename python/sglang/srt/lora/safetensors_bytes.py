@@ -1,7 +1,8 @@
 """Reads the layout of a safetensors file without torch: which tensor lies where.
 
 Called by `adapter_reader` with files and with bytes of requests. The format is eight bytes of header size
-(little-endian), a JSON header {name: {dtype, shape, data_offsets}}, then the data.
+(little-endian), a JSON header {name: {dtype, shape, data_offsets}}, then the data. A slab (`ops.slab_image`) is one
+tensor of bytes, and says so in the header's metadata.
 Invariant: a `Layout` covers its data exactly, without holes or overlaps, within every budget; checked before any
 allocation that follows a number of the file.
 """
@@ -16,6 +17,7 @@ import msgspec
 
 from sglang.srt.errors import AdapterError
 from sglang.srt.lora.adapter import DType
+from sglang.srt.ops.slab_image import LAYOUT_KEY, TENSOR
 
 PREFIX_BYTES = 8
 MAX_HEADER_BYTES = 16 << 20
@@ -41,12 +43,14 @@ class Layout:
     """Every tensor of a file.
 
     Attributes:
-        entries: by name, in the order of their bytes.
+        entries: by name, in the order of their bytes; none of a slab, whose layout tells them.
         nbytes: size of the data section.
+        slab: the description of its layout, if the data are a slab.
     """
 
     entries: dict[str, TensorEntry]
     nbytes: int
+    slab: str | None = None
 
 
 class _JsonEntry(msgspec.Struct, forbid_unknown_fields=True):
@@ -89,15 +93,18 @@ def parse_header(header: bytes, max_bytes: int) -> Layout:
     Raises:
         AdapterError: invalid_adapter; the message names the tensor at fault.
     """
-    entries = {name: _entry(name, raw) for name, raw in _named_entries(header)}
+    named, metadata = _named_entries(header)
+    slab = metadata.get(LAYOUT_KEY)
+    if slab is not None:
+        return Layout({}, _slab_bytes(named, max_bytes), slab)
+    entries = {name: _entry(name, raw) for name, raw in named}
     entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].nbytes)))
     end = 0
     for name, entry in entries.items():
         if entry.begin != end:
             raise _invalid(f"tensor {name!r} starts at byte {entry.begin}, the one before it ends at byte {end}")
         end += entry.nbytes
-    if end > max_bytes:
-        raise _invalid(f"{end} bytes of tensors exceed this server's limit of {max_bytes}")
+    _check_budget(end, max_bytes)
     return Layout(entries, end)
 
 
@@ -117,18 +124,19 @@ def parse_image(image: memoryview, max_bytes: int) -> tuple[Layout, memoryview]:
     return layout, data
 
 
-def _named_entries(header: bytes) -> list[tuple[str, _JsonEntry]]:
-    name = "the header"
+def _named_entries(header: bytes) -> tuple[list[tuple[str, _JsonEntry]], dict[str, str]]:
+    """The tensors, and the metadata."""
+    name, metadata = "the header", None
     try:
         raw = _decode_header(header)
         if "__metadata__" in raw:
-            _decode_metadata(raw.pop("__metadata__"))
+            metadata = _decode_metadata(raw.pop("__metadata__"))
         if len(raw) > MAX_TENSORS:
             raise _invalid(f"{len(raw)} tensors exceed the limit of {MAX_TENSORS}")
         found = []
         for name, text in raw.items():
             found.append((name, _decode_entry(text)))
-        return found
+        return found, metadata or {}
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise _invalid(f"{name!r} is not as the format says: {error}") from error
 
@@ -145,6 +153,26 @@ def _entry(name: str, raw: _JsonEntry) -> TensorEntry:
     if begin < 0 or end - begin != nbytes:
         raise _invalid(f"tensor {name!r} {raw.dtype} {raw.shape} takes {nbytes} bytes, its offsets are {begin}, {end}")
     return TensorEntry(dtype, tuple(raw.shape), begin, nbytes)
+
+
+def _slab_bytes(named: list[tuple[str, _JsonEntry]], max_bytes: int) -> int:
+    """The size of a slab, which is the one tensor of its file."""
+    if [name for name, _ in named] != [TENSOR]:
+        raise _invalid(f"with {LAYOUT_KEY} in the metadata there must be {TENSOR!r} alone, not {len(named)} tensors")
+    raw = named[0][1]
+    size = raw.data_offsets[1]
+    if raw.dtype != "U8" or raw.shape != [size] or raw.data_offsets[0] != 0 or size < 1:
+        raise _invalid(
+            f"tensor {TENSOR!r} is {raw.dtype} {raw.shape[:MAX_DIMS]} at offsets {raw.data_offsets}; it must be U8 [n] "
+            "at 0, n"
+        )
+    _check_budget(size, max_bytes)
+    return size
+
+
+def _check_budget(nbytes: int, max_bytes: int) -> None:
+    if nbytes > max_bytes:
+        raise _invalid(f"{nbytes} bytes of tensors exceed this server's limit of {max_bytes}")
 
 
 def _invalid(problem: str) -> AdapterError:

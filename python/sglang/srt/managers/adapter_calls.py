@@ -6,7 +6,7 @@ Created by TokenizerManager. Every outcome is a `LoRAUpdateOutput`; only a dead 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
 from sglang.srt.errors import AdapterError
@@ -22,10 +22,13 @@ from sglang.srt.managers.io_struct.requests import (
     StageLoRAAdapterReqInput,
     UnloadLoRAAdapterReqInput,
 )
+from sglang.srt.managers.io_struct.wire import Ready
 
 
 class Reader(Protocol):
     """`lora.adapter_reader.AdapterReader`."""
+
+    slab_layout: Mapping[str, Any] | None
 
     def read_directory(self, path: str) -> ReadAdapter:
         """From a directory."""
@@ -57,6 +60,11 @@ class AdapterCalls:
         self._groups = groups
         self._frozen = frozen
 
+    def back_is_ready(self, ready: Ready) -> None:
+        """From now on adapters may come as slabs, too."""
+        if self._reader is not None:
+            self._reader.slab_layout = ready.slab_layout
+
     async def load(self, obj: LoadLoRAAdapterReqInput) -> LoRAUpdateOutput:
         """Load from a directory."""
         return await self._replied(obj.lora_name, self._load(obj))
@@ -82,9 +90,12 @@ class AdapterCalls:
         return await self._replied(obj.lora_name, self._drop(obj))
 
     def listing(self) -> dict[str, Any]:
-        """Every version in memory, for `/lora_adapters`."""
-        registry = self._service.registry
-        return {"adapters": [_describe(version) for version in registry.versions.values()]}
+        """Every version in memory, and the layout that a slab must have, for `/lora_adapters`."""
+        registry, reader = self._service.registry, self._reader
+        return {
+            "adapters": [_describe(version) for version in registry.versions.values()],
+            "slab_layout": None if reader is None else reader.slab_layout,
+        }
 
     async def _load(self, obj: LoadLoRAAdapterReqInput) -> dict[str, Any]:
         reader = self._require_reader()

@@ -371,6 +371,7 @@ class TokenizerManager:
                     self._control.resolve(message)
                 elif isinstance(message, Ready):
                     self.ready = message
+                    self.adapter_calls.back_is_ready(message)
                     if self.config.lora.preload:
                         self._preloading = asyncio.create_task(self._preload())
                     else:

@@ -66,6 +66,7 @@ class Engine:
                 "kvcache": round(self.pool.nbytes / GIB, 3),
             },
             load_seconds=self.load_seconds,
+            slab_layout=None if self.lora is None else self.lora.layout.describe(),
         )
 
 

@@ -54,7 +54,7 @@ async def stage_lora_adapter(request: Request) -> Response:
     """Bring an adapter into memory under a name that goes on to mean what it means, until it is committed.
 
     The body is JSON; or, as `application/octet-stream`, the size of the JSON in eight bytes (little-endian), the JSON,
-    and a safetensors image.
+    and a safetensors image, of tensors or of a slab (`ops.slab_image`).
     """
     if request.headers.get("content-type", "").startswith("application/octet-stream"):
         body = await _read_framed(request)
@@ -86,7 +86,7 @@ async def unload_lora_adapter(request: Request) -> Response:
 
 @router.get("/lora_adapters")
 async def lora_adapters(request: Request) -> Response:
-    """Every adapter version in memory, with its state and who holds it."""
+    """Every adapter version in memory, with its state and who holds it; and the layout of slabs."""
     return json_response(runtime_of(request).manager.adapter_calls.listing())
 
 

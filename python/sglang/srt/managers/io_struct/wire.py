@@ -230,6 +230,7 @@ class Ready(msgspec.Struct, tag="ready", array_like=True, frozen=True):
     Fields:
         max_req_input_len: longest prompt the scheduler takes (tokens).
         memory_usage: GiB by use: weight, kvcache.
+        slab_layout: how adapters lie in memory, as `LoraLayout.describe` says it; None without --enable-lora.
     """
 
     pid: int
@@ -241,6 +242,7 @@ class Ready(msgspec.Struct, tag="ready", array_like=True, frozen=True):
     dtype: str
     memory_usage: dict[str, float]
     load_seconds: float
+    slab_layout: dict[str, Any] | None = None
 
 
 class Positions(msgspec.Struct, array_like=True, frozen=True):
