@@ -17,6 +17,8 @@ have, all commit. One that cannot stage leaves the whole fleet as it is. Modes:
 - `pause`: everything that runs is aborted and what comes waits until all servers have committed and flushed their
   caches. What trainers do to servers that cannot do better; here for comparison.
 
+An adapter is packed once, into the slab that servers keep it in (`publisher_slab`) if all of them keep it in the same
+layout and `dtype` is that layout's; else its tensors are sent. `version.form` says which.
 Adapters travel as files in shared memory to servers of this host, as bytes to others; or, with the transport
 `broadcast`, to all versioned servers at once through a torch.distributed group of theirs and the trainer's: see
 `broadcast` for what that asks of GPUs and the network. Stock SGLang servers take part
@@ -31,6 +33,7 @@ have read; what is repeated after a lost reply changes nothing; a paused server 
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -64,7 +67,7 @@ class Publisher:
         timeout: seconds for each phase.
         grace: in mode pause, seconds that requests have to end, after the pause and again after an abort.
         api_key, admin_api_key: the servers'.
-        dtype: of the tensors that are sent.
+        dtype: of the numbers that are sent.
         directory: where adapters are written for servers that are given a path; another one than shared memory must be
             a file system that all servers read, and then all are given paths.
         versioned_name: how versions are named where stock servers take part; `{n}` is the number.
@@ -162,10 +165,10 @@ class Publisher:
             if self._closed:
                 raise RuntimeError("the publisher is closed")
             started = time.perf_counter()
-            package = Package(*gather(adapter, config), dtype=self.settings.dtype)
+            pack = functools.partial(Package, *gather(adapter, config), self.settings.dtype)
             self._number += 1
             servers = dict(self._servers)
-            publication = Publication(self.settings, package, mode, self._number, servers, started, self._broadcaster)
+            publication = Publication(self.settings, pack, mode, self._number, servers, started, self._broadcaster)
             try:
                 version = publication.run()
             finally:

@@ -1,8 +1,10 @@
 """An adapter as the bytes that every server gets: made once, of any framework's tensors.
 
 Called by `publisher`. Imports no framework: torch and PEFT are used only when the tensors are theirs.
-Invariants: equal tensors under equal names and equal configs give equal bytes, whatever their order; the bytes are a
-safetensors image of contiguous tensors, in the order of their names; nothing is left out silently.
+The bytes are a safetensors image: of a slab, as servers keep adapters, where all servers have the same layout and the
+adapter fills it (`publisher_slab`); else of contiguous tensors, in the order of their names.
+Invariants: equal tensors under equal names and equal configs give equal bytes in either form, whatever their order;
+nothing is left out silently.
 """
 
 from __future__ import annotations
@@ -12,15 +14,20 @@ import enum
 import hashlib
 import importlib
 import json
+import math
 import re
 import threading
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+if TYPE_CHECKING:
+    from sglang.rl.publisher_slab import SlabPlan
+
 DType = Literal["bfloat16", "float16", "float32"]
+Form = Literal["slab", "tensors"]
 DTYPES: tuple[DType, ...] = ("bfloat16", "float16", "float32")
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -38,17 +45,25 @@ class Package:
         tensors: by PEFT's names; of torch (DTensors are gathered), numpy, or anything that numpy takes.
         config: as adapter_config.json has it.
         dtype: of all tensors, into which they are rounded.
+        layout: of the slabs that all servers take, as they describe it; None when there is none.
 
     Attributes:
         config: adapter_config.json.
-        header, data: together a safetensors image; data is uint8 [nbytes].
+        form: what the image is of.
+        header, data, zeros: together a safetensors image; data, uint8 [n], are the numbers, zeros so many bytes.
         on_device: data, as a torch tensor, where the tensors are, if that is a GPU.
 
     Raises:
         ValueError, TypeError: there are no tensors, or one that cannot be sent; names it.
     """
 
-    def __init__(self, tensors: Mapping[str, Any], config: Mapping[str, Any], dtype: DType = "bfloat16") -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, Any],
+        config: Mapping[str, Any],
+        dtype: DType = "bfloat16",
+        layout: Mapping[str, Any] | None = None,
+    ) -> None:
         if not tensors:
             raise ValueError("the adapter has no tensors; give a PeftModel, or its state dict by PEFT's names")
         self.config = json.dumps(plain(config), sort_keys=True).encode()
@@ -56,7 +71,12 @@ class Package:
         named = dict(sorted((_plain_name(name), tensor) for name, tensor in tensors.items()))
         if len(named) != len(tensors):
             raise ValueError("two tensors have the same name; give the tensors of one adapter")
-        self.shapes = {name: tuple(int(n) for n in tensor.shape) for name, tensor in named.items()}
+        shapes = {name: tuple(int(n) for n in tensor.shape) for name, tensor in named.items()}
+        slab = None if layout is None else _plan_slab(shapes, self.config, layout, dtype)
+        self.form: Form = "tensors" if slab is None else "slab"
+        if slab is not None:
+            named = {name: named[name] for name in slab.order}
+        self.shapes = {name: shapes[name] for name in named}
         self.on_device: Any = None
         if _all_torch(named):
             joined = _torch_bytes(named, dtype)
@@ -64,7 +84,8 @@ class Package:
             self.data: NDArray[np.uint8] = joined.cpu().numpy()
         else:
             self.data = _numpy_bytes(named, dtype)
-        self.header = self._make_header()
+        assert self.data.nbytes == sum(self._sizes()), "the tensors changed their shapes"
+        self.header, self.zeros = (self._make_header(), 0) if slab is None else (slab.head, slab.zeros)
         self._digest: str | None = None
         self._pickle: str | None = None
         # Hashing takes as long as sending, so it runs beside it.
@@ -81,11 +102,11 @@ class Package:
     @property
     def nbytes(self) -> int:
         """Bytes of the image."""
-        return len(self.header) + self.data.nbytes
+        return len(self.header) + self.data.nbytes + self.zeros
 
     def image(self) -> list[bytes | memoryview]:
         """The safetensors image, in pieces."""
-        return [self.header, self.data.data]
+        return [self.header, self.data.data, bytes(self.zeros)]
 
     def tensor(self) -> Any:
         """The image as a torch tensor, uint8 [nbytes], on the device where the tensors are."""
@@ -93,8 +114,10 @@ class Package:
 
         data = torch.from_numpy(self.data) if self.on_device is None else self.on_device
         image = torch.empty(self.nbytes, dtype=torch.uint8, device=data.device)
-        image[: len(self.header)] = torch.frombuffer(bytearray(self.header), dtype=torch.uint8).to(data.device)
-        image[len(self.header) :] = data
+        start, end = len(self.header), self.nbytes - self.zeros
+        image[:start] = torch.frombuffer(bytearray(self.header), dtype=torch.uint8).to(data.device)
+        image[start:end] = data
+        image[end:] = 0
         if image.is_cuda:
             torch.cuda.current_stream(image.device).synchronize()  # it is read by another stream
         return image
@@ -130,10 +153,12 @@ class Package:
 
     def _parts(self) -> Iterator[tuple[str, NDArray[np.uint8]]]:
         start = 0
-        for name, shape in self.shapes.items():
-            end = start + int(np.prod(shape)) * _ITEM_BYTES[self._dtype]
-            yield name, self.data[start:end]
-            start = end
+        for name, size in zip(self.shapes, self._sizes(), strict=True):
+            yield name, self.data[start : start + size]
+            start += size
+
+    def _sizes(self) -> list[int]:
+        return [math.prod(shape) * _ITEM_BYTES[self._dtype] for shape in self.shapes.values()]
 
     def _make_header(self) -> bytes:
         entries, start = {}, 0
@@ -141,15 +166,14 @@ class Package:
             offsets = [start, start + len(part)]
             entries[name] = {"dtype": _CODES[self._dtype], "shape": list(self.shapes[name]), "data_offsets": offsets}
             start = offsets[1]
-        assert start == self.data.nbytes, "the tensors changed their shapes"
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % _ALIGNMENT)
         return len(text).to_bytes(8, "little") + text
 
     def _hash(self) -> None:
         digest = hashlib.sha256(self.config)
-        digest.update(self.header)
-        digest.update(self.data.data)
+        for piece in self.image():
+            digest.update(piece)
         self._digest = digest.hexdigest()
 
 
@@ -208,6 +232,15 @@ def plain(value: Any) -> Any:
 def _plain_name(name: str) -> str:
     """Without what wrappers add, and without the adapter's own name, as PEFT saves it."""
     return _ADAPTER_NAME.sub(r"\1\2", _WRAPPERS.sub("", name))
+
+
+def _plan_slab(
+    shapes: Mapping[str, tuple[int, ...]], config: bytes, layout: Mapping[str, Any], dtype: DType
+) -> SlabPlan | None:
+    """Imported here alone: it needs sgl_kernel, which publishing tensors of torch does without."""
+    from sglang.rl.publisher_slab import plan_slab
+
+    return plan_slab(tuple(shapes.items()), config, json.dumps(layout), dtype)
 
 
 def _all_torch(tensors: Mapping[str, Any]) -> bool:

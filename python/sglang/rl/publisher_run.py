@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from sglang.rl.publisher_package import Package
 from sglang.rl.publisher_server import Refused, Server, Staged
@@ -34,18 +34,20 @@ class Publication:
     """One call of `publish`; see the module.
 
     Fields:
+        pack: makes the package, given the layout of the slabs that all servers take, or None.
         broadcaster: for the transport of its name.
         number: grows where servers have names of such numbers already.
         staged, committed_at, phases, warnings: by server.
     """
 
     settings: Settings
-    package: Package
+    pack: Callable[[Mapping[str, Any] | None], Package]
     mode: PublishMode
     number: int
     servers: dict[str, Server]
     started: float
     broadcaster: Broadcaster | None = None
+    package: Package = field(init=False)
     name: str = ""
     staged: dict[str, Staged] = field(default_factory=dict)
     committed_at: dict[str, float] = field(default_factory=dict)
@@ -88,6 +90,7 @@ class Publication:
 
     def _probe(self) -> None:
         names = self._require("probe", lambda server, deadline: server.probe(deadline))
+        self.package = self.pack(_common_layout([server.slab_layout for server in self.servers.values()]))
         self.name = self.settings.name
         if not self._has_stock:
             return
@@ -282,7 +285,17 @@ class Publication:
                 warnings=tuple(self.warnings.get(url, ())),
             )
         total = time.perf_counter() - self.started
-        return Version(self.name, self.number, self.package.digest, self.package.nbytes, total, reports)
+        package = self.package
+        return Version(self.name, self.number, package.digest, package.nbytes, total, reports, package.form)
+
+
+def _common_layout(layouts: Sequence[Mapping[str, Any] | None]) -> Mapping[str, Any] | None:
+    """The layout that all servers have but for max_rank, with the smallest of these; None when there is none."""
+    known = [layout for layout in layouts if layout is not None]
+    first = known[0] if known else {}
+    if len(known) < len(layouts) or any({**layout, "max_rank": 0} != {**first, "max_rank": 0} for layout in known):
+        return None
+    return {**first, "max_rank": min(layout.get("max_rank", 0) for layout in known)}
 
 
 def _failures(outcomes: Mapping[str, Outcome[T]]) -> dict[str, str]:

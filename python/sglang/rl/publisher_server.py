@@ -81,7 +81,7 @@ class Server:
     Fields:
         url, key, info_key: where, and the keys for calls that change it and for those that only ask.
         transport: what the publisher was told; shared: whether its directory is in this machine's memory.
-        kind: as of the last probe.
+        kind, slab_layout: as of the last probe; the layout of the slabs that it takes, None for none.
         loaded: names that were loaded here, oldest first (kind stock, and fleets that have one).
         stuck: the name whose unload has not returned.
     """
@@ -92,6 +92,7 @@ class Server:
     transport: Transport = "auto"
     shared: bool = True
     kind: Literal["versioned", "stock"] = "versioned"
+    slab_layout: dict[str, Any] | None = None
     loaded: list[str] = field(default_factory=list)
     stuck: str | None = None
     _reads_files: bool | None = None
@@ -105,9 +106,12 @@ class Server:
     def probe(self, deadline: Deadline) -> set[str]:
         """Learn the kind; returns the names that it has adapters under. One that is still starting is waited for."""
         reply = persistently(lambda: self._get("/lora_adapters", deadline), deadline, starting=True)
-        self.kind = "stock" if reply.status in _NOT_THERE else "versioned"
+        self.kind, self.slab_layout = "stock" if reply.status in _NOT_THERE else "versioned", None
         if self.kind == "versioned":
-            return {str(adapter.get("lora_name")) for adapter in reply.json().get("adapters", [])}
+            listing = reply.json()
+            layout = listing.get("slab_layout")
+            self.slab_layout = layout if isinstance(layout, dict) else None
+            return {str(adapter.get("lora_name")) for adapter in listing.get("adapters", [])}
         models = self._get("/v1/models", deadline).json().get("data")
         return {str(model.get("id")) for model in models or [] if isinstance(model, dict)}
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from sglang.rl.publisher_package import DType
+from sglang.rl.publisher_package import DType, Form
 from sglang.rl.publisher_server import Transport
 from sglang.srt.errors import SglangError
 
@@ -61,6 +61,7 @@ class Version:
         number: of this publisher's publications, from 1.
         digest: SHA-256 of the adapter's config and safetensors bytes, as they were sent.
         nbytes: of these bytes; latency_s: of the whole publication.
+        form: slab, when these bytes are the slab that servers keep, else tensors.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Version:
     nbytes: int
     latency_s: float
     servers: Mapping[str, ServerReport]
+    form: Form = "tensors"
 
     @property
     def warnings(self) -> list[str]:

@@ -44,7 +44,7 @@ def wire_layout(own: LoraLayout, rank: int = RANK, groups: tuple[str, ...] = ())
 
 
 def image_of(slab: np.ndarray, description: object, **changes: Any) -> bytes:
-    """The image of a slab; `changes` are of its header: `name`, `dtype`, `shape`, `data_offsets`, `metadata`, `more`."""
+    """The image of a slab; `changes` are of its header: name, dtype, shape, data_offsets, metadata, more (tensors)."""
     text = description if isinstance(description, str) else json.dumps(description)
     entry = {"dtype": "U8", "shape": [len(slab)], "data_offsets": [0, len(slab)]}
     entry |= {key: changes[key] for key in entry.keys() & changes.keys()}
