@@ -18,16 +18,18 @@ from engine.tiny_lora import CPU, write_adapter
 from torch import Tensor
 
 from sgl_kernel.lora import LoraLayout, decoder_groups, pack_slab, peft_modules, unpack_slab
+from sglang.rl.publisher_package import Package
 from sglang.srt.config.model_config import ModelConfig
 from sglang.srt.config.resolve import resolve
-from sglang.srt.config.sections import MAX_LORA_RANK, Config
+from sglang.srt.config.sections import MAX_LORA_RANK, Config, LoRASection
 from sglang.srt.errors import ConfigError
 from sglang.srt.lora import adapter_copier
 from sglang.srt.lora.adapter_copier import AdapterCopier, AdapterFile
+from sglang.srt.lora.adapter_reader import AdapterReader
 from sglang.srt.lora.batch_info import group_rows
 from sglang.srt.lora.device_slots import DeviceSlots
 from sglang.srt.lora.lora_manager import BaseTensor, LoRAManager, matrices
-from sglang.srt.lora.weights import AdapterWeights, Factors
+from sglang.srt.lora.weights import AdapterWeights, Factors, Place
 from sglang.srt.model_executor.forward_context import ForwardContext, LoRABatch
 from sglang.srt.model_executor.setup import _create_lora, _slabs, lora_tensors
 from sglang.srt.models.decoder import DecoderForCausalLM
@@ -113,6 +115,37 @@ def test_a_staged_adapter_has_the_bytes_that_its_trainer_packs(
     manager = LoRAManager(tensors, model.parameters, slabs, 3, torch.device("meta"))
     staged = manager.stage(write_adapter(tmp_path / "a", modules)).slab
     assert staged.rank == 6 and np.array_equal(staged.data.numpy(), packed)
+
+
+@pytest.mark.parametrize("max_rank", [8, 16])
+def test_a_slab_that_was_sent_is_what_the_server_keeps(
+    family: tuple[Any, DecoderForCausalLM], max_rank: int, tmp_path: Path
+) -> None:
+    """As its tensors are; and in one piece, where both sides have room for as many ranks."""
+    _, model = family
+    slabs, tensors = slabs_of_model(model, max_rank), lora_tensors(model.weights)
+    shapes = {name: tensor.shape for name, tensor in matrices(tensors).items() if name in slabs.places}
+    modules = random_modules(dict.fromkeys(shapes, 8), 1, shapes)  # type: ignore[arg-type]
+    state = {f"base_model.model.{n}.lora_{f}.weight": pair["AB".index(f)] for n, pair in modules.items() for f in "AB"}
+    config = {"r": 8, "lora_alpha": 4, "target_modules": "all-linear"}
+    reader = AdapterReader(model.config, LoRASection(enabled=True), "/models/tiny")
+    manager = LoRAManager(tensors, model.parameters, slabs, 3, torch.device("meta"))
+    reader.slab_layout = manager.layout.describe()
+    staged = []
+    for layout in (manager.layout.describe(), None):
+        package = Package(state, config, "float32", layout)
+        assert package.form == ("tensors" if layout is None else "slab")
+        read = reader.read_tensors(config, b"".join(package.image()), "safetensors")
+        staged.append(manager.stage(read.adapter).slab)
+        plan = manager._copier._last
+        assert plan is not None
+        if layout is not None and max_rank == 8:
+            assert [len(read.parts) for read in plan.reads] == [1] and not plan.casts
+        read.close()
+    packed = np.full(manager.layout.slab_bytes, 0xAB, np.uint8)
+    pack_slab(manager.layout, peft_modules(manager.layout, state, config), packed)
+    for slab in staged:
+        assert slab.rank == 8 and np.array_equal(slab.data.numpy(), packed)
 
 
 def test_what_is_no_whole_group_is_in_no_slab() -> None:
@@ -223,6 +256,27 @@ def test_every_byte_of_a_slab_is_written(
             (head,) = rows.host[version].factors["lm_head"]
             a, b, _ = rows.modules[version]["lm_head"]
             assert torch.equal(head.a, a.to(rows.model.dtype)) and torch.equal(head.b, b.to(rows.model.dtype))
+
+
+@pytest.mark.parametrize("most", [64, 4096])
+def test_reads_are_many_where_bytes_are(most: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What lies side by side in the file and in the slab is one part, of a read that is large enough for a thread."""
+    slabs = ModelSlabs({O0: LAYER["self_attn.o_proj"]}, 8, "float32")
+    copier = AdapterCopier(
+        {name: Place(name, 0, place) for name, place in slabs.places.items()}, slabs, tight=False, pin=False
+    )
+    monkeypatch.setattr(adapter_copier, "READ_BYTES", most)
+    ((_, (a, b, _)),) = modules = list(random_modules({O0: 8}, 1).items())
+    adapter = write_adapter(tmp_path / "a", dict(modules))
+    with AdapterFile(adapter) as file:
+        slab = copier.copy(adapter, file).slab
+    assert copier._last is not None
+    start = slab.layout.site(0, "o").a_offset
+    middle, end = start + a.nbytes, start + a.nbytes + b.nbytes
+    one, two = [[(True, start, end)]], [[(True, start, middle)], [(True, middle, end)]]
+    assert [read.parts for read in copier._last.reads] == (two if most == 64 else one)
+    numbers = slab.data[start:end].view(torch.float32)
+    assert torch.equal(numbers, torch.cat([a.flatten(), b.flatten()]))
 
 
 def test_a_file_that_became_shorter_is_an_error(tmp_path: Path) -> None:

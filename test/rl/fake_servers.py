@@ -44,6 +44,7 @@ class FakeServer:
         calls: paths, in order; taken: what was read from paths or bodies.
         users: name -> how many requests a stock server believes to run on it.
         paused, running: for pauses; the requests a pause does not end.
+        slab_layout: of the slabs that it takes.
     """
 
     stock: bool = False
@@ -59,6 +60,7 @@ class FakeServer:
     paused: bool = False
     running: int = 0
     reads_files: bool = True
+    slab_layout: dict[str, Any] | None = None
     modes: list[str] = field(default_factory=list)
     port: int = 0
 
@@ -182,7 +184,7 @@ class FakeServer:
             {"lora_name": name, "lora_version": version, "digest": digest, "state": "serving"}
             for name, (version, digest) in self.serving.items()
         ]
-        return 200, {"adapters": listed}
+        return 200, {"adapters": listed, "slab_layout": self.slab_layout}
 
     def v1_models(self, call: Call) -> tuple[int, Any]:
         return 200, {"data": [{"id": name} for name in ("base", *self.serving)]}

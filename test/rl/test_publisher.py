@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from rl.fake_servers import BUSY, CUT, HANG, LOSE, Call, FakeServer
 from safetensors.numpy import load
+from unit.lora.slab_images import servers_layout, slab_config, slab_tensors
 
 from sglang.rl.publisher import Publisher, PublishError, Version
 
@@ -99,6 +100,64 @@ def test_publishing_the_same_again_changes_nothing():
         assert first.digest == second.digest
         assert first.servers[a.url].version_id == second.servers[a.url].version_id == 1
         assert versions(a, b) == [1, 1]
+
+
+# ---- slabs ---------------------------------------------------------------------------------------------------------
+
+
+def taking(max_rank: int = 16, dtype: str = "float32", **fields: Any) -> FakeServer:
+    """A server that takes slabs of the model of `slab_tensors`."""
+    return FakeServer(slab_layout=servers_layout(max_rank, dtype).describe(), **fields)
+
+
+@pytest.mark.parametrize("transport", ["shm", "bytes"])
+def test_servers_of_one_layout_get_a_slab_whatever_their_largest_rank(transport):
+    a, b = taking(16), taking(256)
+    with fleet(a, b, transport=transport) as publisher:
+        first, again = (publisher.publish(slab_tensors(), slab_config()) for _ in range(2))
+        assert (first.form, again.form, first.digest) == ("slab", "slab", again.digest)
+        assert versions(a, b) == [1, 1]
+        assert {name for _, image in (*a.taken, *b.taken) for name in load(image)} == {"lora_slab"}
+        assert len({image for _, image in (*a.taken, *b.taken)}) == 1
+        large = publisher.publish(slab_tensors(rank=32), slab_config(r=32))
+        assert large.form == "tensors", "one of them says what is wrong with it"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        FakeServer(),
+        FakeServer(stock=True),
+        FakeServer(slab_layout={"max_rank": 16}),
+        FakeServer(slab_layout=[1]),  # type: ignore[arg-type]
+        taking(dtype="bfloat16"),
+    ],
+    ids=["silent", "stock", "strange", "no object", "of another dtype"],
+)
+def test_a_mixed_fleet_gets_tensors(other):
+    a = taking()
+    with fleet(a, other, transport="shm") as publisher:
+        version = publisher.publish(slab_tensors(), slab_config())
+        assert version.form == "tensors"
+        assert load(a.taken[0][1]).keys() == slab_tensors().keys()
+        publisher.remove_server(other.url)
+        assert publisher.publish(slab_tensors(), slab_config()).form == "slab"
+
+
+def test_a_fleet_of_servers_that_take_no_slabs_is_asked_for_none():
+    with fleet(FakeServer(slab_layout={}), FakeServer(slab_layout={})) as publisher:
+        assert publisher.publish(slab_tensors(), slab_config()).form == "tensors"
+
+
+def test_a_server_that_started_again_with_another_layout_is_asked_anew():
+    a = taking()
+    with fleet(a) as publisher:
+        assert publisher.publish(slab_tensors(), slab_config()).form == "slab"
+        a.slab_layout = servers_layout(dtype="bfloat16").describe()
+        assert publisher.publish(slab_tensors(), slab_config()).form == "tensors"
+
+
+# ---- where adapters are written ------------------------------------------------------------------------------------
 
 
 def test_a_server_of_the_same_host_that_sees_no_files_gets_bytes():
