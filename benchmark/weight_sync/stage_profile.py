@@ -3,9 +3,10 @@
     python benchmark/weight_sync/stage_profile.py --model qwen3-1.7b --rank 16 [--dtype float32] [--cprofile]
 
 Makes an adapter of a model's exact shape and publishes it `--rounds` times by each route: `path` reads a directory,
-`bytes` takes a safetensors image as `/stage_lora_adapter` does. Prints a JSON line a phase: milliseconds of wall time
-(median, least, and of the first round, which plans and takes fresh memory) and of processor time of all threads
-(median), which other load on the machine changes less. Indented names are parts of the one above.
+`bytes` takes a safetensors image as `/stage_lora_adapter` does, `slab` (of the slabs' dtype alone) the image of a slab.
+What the trainer does, to tensors in memory, is a phase of its own. Prints a JSON line a phase: milliseconds of wall
+time (median, least, and of the first round, which plans and takes fresh memory) and of processor time of all threads
+(median), which other load on the machine changes less. Indented names are parts of all routes.
 
 Slabs are reused from round to round, as torch reuses page-locked memory on a machine with a GPU. The last two lines say
 how long a thread that does small pieces of Python, as the scheduler does, was kept from it: with nothing beside it, and
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import itertools
 import json
 import pstats
 import sys
@@ -30,13 +32,14 @@ from typing import Any
 import adapters
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "serving"))
 
 import gpu_model
 import machine
 
+from sglang.rl.publisher_package import Package
 from sglang.srt.config.model_config import load_model_config
 from sglang.srt.config.sections import LoRASection
 from sglang.srt.lora.adapter import Adapter
@@ -112,6 +115,7 @@ class Publisher:
         places = {name: Place(name, 0, slabs.places[name]) for name in shapes}
         lora = LoRASection(enabled=True, max_lora_rank=rank)
         self.reader = AdapterReader(load_model_config(str(path)), lora, str(path))
+        self.reader.slab_layout = slabs.layout.describe()
         self.copier = ReusingCopier(places, slabs, tight=False, pin=False)
         self.slots = DeviceSlots(slabs.layout, 2, torch.device("cpu"))
 
@@ -197,9 +201,20 @@ def main() -> None:
             "path": lambda: publisher.reader.read_directory(str(path)),
             "bytes": lambda: publisher.reader.read_tensors(raw, image, "safetensors"),
         }
-        for number in range(1, options.rounds + 1):
-            for index, (route, read) in enumerate(routes.items()):
-                publisher.publish(read, 2 * number + index, watch, route)
+        tensors, layout = load_file(path / "adapter_model.safetensors"), publisher.reader.slab_layout
+        slab = Package(tensors, raw, options.dtype, layout)
+        if slab.form == "slab":
+            slab_image = b"".join(slab.image())
+            routes["slab"] = lambda: publisher.reader.read_tensors(raw, slab_image, "safetensors")
+        for form, wanted in (("tensors", None), (slab.form, layout)):
+            for _ in range(options.rounds):
+                with watch(f"trainer packs {form}"):
+                    package = Package(tensors, raw, options.dtype, wanted)
+                assert package.digest, "its thread has ended"
+        versions = itertools.count(1)
+        for route, read in routes.items():
+            for _ in range(options.rounds):
+                publisher.publish(read, next(versions), watch, route)
         head = {"benchmark": "stage_profile", "commit": machine.commit(), "model": options.model, "rank": options.rank,
                 "dtype": options.dtype, "bytes": len(image), "load_average": machine.load_average()}  # fmt: skip
         for line in (head, *watch.lines()):
