@@ -73,7 +73,7 @@ def _side_by_side(
     layout: LoraLayout, modules: list[LoraModule], offsets: tuple[tuple[int, int], ...]
 ) -> tuple[str, ...]:
     """The names of all factors as they lie in a slab; none when there are gaps."""
-    placed = {}
+    placed: dict[int, Factor] = {}
     for module, (a, b) in zip(modules, offsets, strict=True):
         placed |= {a: module.a, b: module.b}
     order, end = [], factors_start(layout)

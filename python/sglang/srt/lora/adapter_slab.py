@@ -41,7 +41,7 @@ class AdapterSlab:
             raise invalid("this server takes no slabs; send the tensors")
         try:
             self._layout = slab_image.read_layout(description, own)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise invalid(f"the slab's layout does not fit: {error}") from error
         layout = self._layout
         if nbytes != layout.slab_bytes:

@@ -57,10 +57,11 @@ def read_layout(text: str, own: Mapping[str, Any]) -> LoraLayout:
 
     Raises:
         ValueError: it is not such a layout; the message has the value at fault and the remedy.
+        RecursionError: it is nested beyond sense.
     """
     try:
         given = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"it is no JSON: {error}") from error
     if not isinstance(given, dict) or given.keys() != own.keys():
         raise ValueError(f"it is {_shown(given)}; it must have exactly {', '.join(own)}, as LoraLayout.describe has")
