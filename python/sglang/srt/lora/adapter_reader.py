@@ -57,8 +57,8 @@ class ReadAdapter:
     """A validated adapter and the memory it lies in.
 
     Attributes:
-        digest: of its content, in SHA-256: equal for equal modules, whatever route and order they came by; those of a slab
-            have another one than those of tensors.
+        digest: of its content, in SHA-256: equal for equal modules, whatever route and order they came by. A slab has
+            another one than its tensors.
         num_tensors: tensors the client sent.
         nbytes: size of the buffer.
     """
