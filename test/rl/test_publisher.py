@@ -144,9 +144,13 @@ def test_a_mixed_fleet_gets_tensors(other):
         assert publisher.publish(slab_tensors(), slab_config()).form == "slab"
 
 
-def test_a_fleet_of_servers_that_take_no_slabs_is_asked_for_none():
-    with fleet(FakeServer(slab_layout={}), FakeServer(slab_layout={})) as publisher:
+def test_a_fleet_that_takes_no_slabs_and_one_of_nobody():
+    a, b = FakeServer(slab_layout={}), FakeServer(slab_layout={})
+    with fleet(a, b) as publisher:
         assert publisher.publish(slab_tensors(), slab_config()).form == "tensors"
+        publisher.remove_server(a.url)
+        publisher.remove_server(b.url)
+        assert publisher.publish(slab_tensors(), slab_config()).servers == {}
 
 
 def test_a_server_that_started_again_with_another_layout_is_asked_anew():

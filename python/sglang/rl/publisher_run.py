@@ -292,10 +292,10 @@ class Publication:
 def _common_layout(layouts: Sequence[Mapping[str, Any] | None]) -> Mapping[str, Any] | None:
     """The layout that all servers have but for max_rank, with the smallest of these; None when there is none."""
     known = [layout for layout in layouts if layout is not None]
-    first = known[0] if known else {}
-    if len(known) < len(layouts) or any({**layout, "max_rank": 0} != {**first, "max_rank": 0} for layout in known):
+    alike = [{**layout, "max_rank": 0} for layout in known]
+    if not known or len(known) < len(layouts) or any(layout != alike[0] for layout in alike):
         return None
-    return {**first, "max_rank": min(layout.get("max_rank", 0) for layout in known)}
+    return {**alike[0], "max_rank": min(layout.get("max_rank", 0) for layout in known)}
 
 
 def _failures(outcomes: Mapping[str, Outcome[T]]) -> dict[str, str]:

@@ -65,8 +65,8 @@ def read_layout(text: str, own: Mapping[str, Any]) -> LoraLayout:
         raise ValueError(f"it is no JSON: {error}") from error
     if not isinstance(given, dict) or given.keys() != own.keys():
         raise ValueError(f"it is {_shown(given)}; it must have exactly {', '.join(own)}, as LoraLayout.describe has")
-    for key in own.keys() - {"groups", "max_rank"}:
-        if given[key] != own[key]:
+    for key in own:
+        if key not in ("groups", "max_rank") and given[key] != own[key]:
             raise ValueError(f"{key} is {_shown(given[key])}, this server's is {own[key]!r}; {_REMEDY}")
     groups = given["groups"]
     known = [group for group in own["groups"] if group in groups] if isinstance(groups, list) else []
