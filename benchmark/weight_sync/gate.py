@@ -17,7 +17,6 @@ import asyncio
 import contextlib
 import json
 import random
-import re
 import sys
 import tempfile
 import time
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import adapters
-import psutil
+from aftermath import left_behind, server_rss
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "serving"))
 
@@ -127,14 +126,7 @@ class Gate:
         serving = sum(a["state"] == "serving" for a in listed)
         if serving > MAX_LOADED or idle:
             self.violations.append(f"{serving} serving, idle but in memory: {idle}")
-        self.rss.append(sum(_rss(pid) for pid in await self._pids()))
-
-    async def _pids(self) -> list[int]:
-        port = int(self.url.rsplit(":", 1)[1])
-        for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
-                return [p.pid for p in machine.process_family(connection.pid)]
-        return []
+        self.rss.append(server_rss(self.url))
 
     async def _client(self, number: int) -> None:
         rng = random.Random(f"{number}")
@@ -220,34 +212,10 @@ class Gate:
             self.violations.append(f"{name} says {self.token_of(name)}, the reply has {sorted(others)[:5]}")
 
     async def _audit(self) -> None:
-        deadline = time.perf_counter() + QUIET_SECONDS
-        while True:
-            listed = (await fetch(self.url, "GET", "/lora_adapters")).json()["adapters"]
-            left = [a for a in listed if a["num_holders"] or a["state"] != "serving"]
-            if not left or time.perf_counter() > deadline:
-                break
-            await asyncio.sleep(0.1)
-        if left or len(listed) > MAX_LOADED:
-            self.violations.append(f"left afterwards: {left or listed}")
-        metrics = (await fetch(self.url, "GET", "/metrics")).body.decode()
-        for name in (
-            "lora_leases",
-            "lora_double_releases_total",
-            "lora_free_failures_total",
-            "invariant_violations_total",
-        ):
-            values = re.findall(rf"^sglang:{name}{{[^}}]*}} (\S+)$", metrics, re.MULTILINE)
-            if [float(v) for v in values] != [0.0]:
-                self.violations.append(f"sglang:{name} is {values}, expected one 0")
+        self.violations += await left_behind(self.url, MAX_LOADED)
         before, after = self.rss[min(WARM_UP_PUBLISHES, len(self.rss) - 1)], self.rss[-1]
         if after > before * (1 + RSS_GROWTH):
             self.violations.append(f"memory grew from {before >> 20} to {after >> 20} MiB")
-
-
-def _rss(pid: int) -> int:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return int(psutil.Process(pid).memory_info().rss)
-    return 0
 
 
 def _ms(seconds: float) -> float:

@@ -23,7 +23,8 @@ RANKS = (1, 3, 8, 16)
 TARGETS = (ALL, ["q_proj", "v_proj"], ["o_proj", "down_proj"], ["k_proj", "gate_proj", "up_proj"])
 NOISE = 0.01
 """Mean |dlogp| that bfloat16 may cause."""
-NEW_TOKENS = 6
+NEW_TOKENS, LEAST_REQUESTS = 6, 40
+"""Tokens of a request, and requests over which a mean is taken, however few run together."""
 
 
 class Crowd:
@@ -35,7 +36,7 @@ class Crowd:
         torch.manual_seed(0)
         sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
         config = transformers.Qwen3Config(
-            **sizes, head_dim=64, num_hidden_layers=3, vocab_size=VOCAB, initializer_range=0.06, bos_token_id=0
+            **sizes, head_dim=64, num_hidden_layers=3, vocab_size=VOCAB, initializer_range=0.05, bos_token_id=0
         )
         model = transformers.Qwen3ForCausalLM(config).eval().float()
         round_to_bfloat16(model)
@@ -58,23 +59,24 @@ class Crowd:
         return bench
 
     def run(self, bench: RealBench, count: int, versions: int, first: int) -> dict[int, Result]:
-        """`count` requests of `versions` adapters and the base, which run together, each under its number."""
-        for i in range(count):
-            version = self.version(i, versions)
-            bench.submit(
-                first + i,
-                self.prompt(i),
-                NEW_TOKENS,
-                score_prompt=False,
-                version_id=version,
-                top=0,
-                temperature=0.0,
-            )
-        bench.run()
-        return {i: bench.results[first + i] for i in range(count)}
+        """Requests of `versions` adapters and the base, `count` at a time, each under its number."""
+        total = max(count, LEAST_REQUESTS)
+        for start in range(0, total, count):
+            for i in range(start, min(start + count, total)):
+                bench.submit(
+                    first + i,
+                    self.prompt(i),
+                    NEW_TOKENS,
+                    score_prompt=False,
+                    version_id=self.version(i, versions),
+                    top=0,
+                    temperature=0.0,
+                )
+            bench.run()
+        return {i: bench.results[first + i] for i in range(total)}
 
     def version(self, i: int, versions: int) -> int:
-        return i % (versions + 1) if i else 1
+        return (i + 1) % (versions + 1)
 
     def prompt(self, i: int) -> list[int]:
         return prompt(3 + 5 * i % 37, i)
