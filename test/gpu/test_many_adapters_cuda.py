@@ -36,7 +36,7 @@ class Crowd:
         torch.manual_seed(0)
         sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
         config = transformers.Qwen3Config(
-            **sizes, head_dim=64, num_hidden_layers=3, vocab_size=VOCAB, initializer_range=0.05, bos_token_id=0
+            **sizes, head_dim=64, num_hidden_layers=3, vocab_size=VOCAB, initializer_range=0.045, bos_token_id=0
         )
         model = transformers.Qwen3ForCausalLM(config).eval().float()
         round_to_bfloat16(model)
