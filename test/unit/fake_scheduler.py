@@ -321,6 +321,8 @@ class Call:
         serve = manager.stream_chunks if chunks else manager.generate_request
         self.generator = serve(GenerateReqInput(**fields), self.client)
         self.task = asyncio.get_running_loop().create_task(self._collect())
+        # A test need not ask for the error, which asyncio would report whenever the task is collected.
+        self.task.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     @property
     def done(self) -> bool:

@@ -29,6 +29,7 @@ async def test_calls_are_sent_when_made_and_answered_by_id():
     for call_id in (3, 1, 4, 2):
         control.resolve(CallReply(call_id, True, message=str(call_id)))
     assert [reply.message for reply in await asyncio.gather(*calls)] == ["1", "2", "3", "4"]
+    await settle()
     assert control.num_pending == 0
 
 

@@ -172,6 +172,7 @@ async def test_metrics_and_counters_hear_of_every_request_once():
         await settle()
         front.scheduler.ack()
         await asyncio.gather(call.task, probe.task)
+        await settle()
         assert observer.seen == [
             ("first", first, True),
             ("inter", first, 2),
