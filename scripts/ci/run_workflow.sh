@@ -19,6 +19,8 @@ trap 'rm -rf "$work"' EXIT
 mkdir "$work/tree"
 git ls-files --cached --others --exclude-standard --deduplicate -z |
   tar --create --null --files-from=- | tar --extract --directory="$work/tree"
+# One job of a matrix after the other; --concurrent-jobs is not for those.
+sed --in-place 's/^\( *\)strategy:$/&\n\1  max-parallel: 1/' "$work/tree/$workflow"
 git -C "$work/tree" init --quiet --initial-branch=main
 git -C "$work/tree" add --all
 git -C "$work/tree" -c user.name=ci -c user.email=ci@localhost commit --quiet --message "A copy to run workflows in"
