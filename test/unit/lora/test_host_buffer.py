@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,25 @@ def test_the_buffer_given_back_last_is_the_next_of_its_size():
     with pytest.raises(ValueError, match="closed"):
         _ = first.view
     assert buffers.take(99) is not second and buffers.take(100) is second
+
+
+def test_a_buffer_that_another_thread_takes_while_it_is_given_back_stays_open():
+    buffers = HostBuffers()
+    buffer, taken = buffers.take(8), []
+
+    class ThenTaken:
+        """A lock that another thread was waiting for."""
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *_):
+            buffers._lock = threading.Lock()
+            taken.append(buffers.take(8))
+
+    buffers._lock = ThenTaken()
+    buffers.give_back(buffer)
+    assert taken == [buffer] and buffer.view.tolist() == [0] * 8
 
 
 def test_a_buffer_larger_than_the_limit_is_not_kept(monkeypatch):

@@ -99,8 +99,10 @@ class HostBuffers:
 
     def give_back(self, buffer: HostBuffer) -> None:
         """Nobody reads or writes this buffer any more."""
+        kept = buffer if buffer.nbytes <= MAX_SPARE_BYTES else None
         with self._lock:
-            spare, self._spare = self._spare, buffer if buffer.nbytes <= MAX_SPARE_BYTES else None
+            spare, self._spare = self._spare, kept
+        # Past the lock `kept` may be somebody else's already.
         for other in (spare, buffer):
-            if other is not None and other is not self._spare:
+            if other is not None and other is not kept:
                 other.close()
