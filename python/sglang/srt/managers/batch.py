@@ -92,7 +92,7 @@ def build_step(segments: list[Segment], kv: KVManager, lora_slots: tuple[int, ..
     lens = ends - starts
     last_rows = np.cumsum(lens) - 1
     if all(s.is_decode for s in segments):
-        input_ids = np.zeros(len(segments), dtype=np.int64)
+        input_ids: NDArray[np.int64] = np.zeros(len(segments), dtype=np.int64)
         positions = starts.astype(np.int64)
         out_locs = _decode_locations(slots, positions, kv)
     else:
