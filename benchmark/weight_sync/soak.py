@@ -84,6 +84,7 @@ class Soak:
 
     def __post_init__(self) -> None:
         self.config = adapters.read_shape(self.model)
+        self.endless = min(4 * LONGEST_ANSWER, self.config["max_position_embeddings"] - LONGEST_PROMPT)
         rng = random.Random(self.seed)
         vocab = range(FIRST_TOKEN, self.config["vocab_size"])
         self.prompts = [rng.choices(vocab, k=rng.randrange(4, LONGEST_PROMPT)) for _ in range(PROMPTS)]
@@ -199,7 +200,7 @@ class Soak:
         self._note(prompt, newest, json.loads(last), body)
 
     async def _drop(self, rng: random.Random) -> None:
-        body = self._body(rng.randrange(PROMPTS), 4 * LONGEST_ANSWER, stream=rng.random() < 0.7)
+        body = self._body(rng.randrange(PROMPTS), self.endless, stream=rng.random() < 0.7)
         exchange = Exchange(self.url, "POST", "/generate", body)
         await exchange.send(upto=rng.choice((0.5, 1.0, 1.0, 1.0)))
         await asyncio.sleep(rng.uniform(0.0, 1.0))
@@ -208,7 +209,7 @@ class Soak:
 
     async def _abort(self, rng: random.Random) -> None:
         prompt, newest, rid = rng.randrange(PROMPTS), self.newest, f"soak-{rng.getrandbits(64):x}"
-        body = self._body(prompt, 4 * LONGEST_ANSWER, rid=rid)
+        body = self._body(prompt, self.endless, rid=rid)
         request = asyncio.create_task(fetch(self.url, "POST", "/generate", body))
         await asyncio.sleep(rng.uniform(0.0, 1.0))
         while not request.done():  # an abort that comes before its request finds nothing
