@@ -4,7 +4,7 @@
 
 A CUDA graph has 28 calls, each on a layer of its own as far as memory allows, so that no K or V is found in the L2
 cache. Tokens lie scattered over the pool, as after hours of serving. With --tune: the best tiles and splits for each
-case. Prints a table and, with --out, JSON lines.
+case. With --flashinfer: its kernels beside ours, in pages of 16. Prints a table and, with --out, JSON lines.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -128,6 +129,70 @@ def split_counts(pool: Pool, block_n: int) -> list[int]:
     return [1 << i for i in range(most.bit_length()) if 1 << i <= 64]
 
 
+def flashinfer_tables(pool: Pool) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the pages of each sequence begin among all pages, those pages, and tokens in each one's last page."""
+    pages = pool.layers[0].pages
+    starts = torch.arange(pool.batch + 1, dtype=torch.int32) * pages.shape[1]
+    last = torch.full((pool.batch,), (pool.context - 1) % pool.page_size + 1, dtype=torch.int32)
+    return starts, pages.reshape(-1), last
+
+
+def flashinfer_paged(pool: Pool, kv: ops.PagedKV) -> tuple[Tensor, Tensor]:
+    """K and V of a layer in pages."""
+    keys, values = (t.view(-1, pool.page_size, pool.kv_heads, pool.dim) for t in (kv.k, kv.v))
+    return keys, values
+
+
+def flashinfer_decodes(pool: Pool) -> Iterator[Variant]:
+    """Its decode kernels, those for CUDA cores and those for tensor cores."""
+    import flashinfer
+
+    q, out = pool.queries(pool.batch).contiguous(), pool.output(pool.batch).view(pool.batch, pool.heads, pool.dim)
+    starts, pages, last = flashinfer_tables(pool)
+    for tensor_cores in (False, True):
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda"),
+            "NHD",
+            use_cuda_graph=True,
+            use_tensor_cores=tensor_cores,
+            paged_kv_indptr_buffer=starts.cuda(),
+            paged_kv_indices_buffer=pages.clone(),
+            paged_kv_last_page_len_buffer=last.cuda(),
+        )
+        sizes = (pool.heads, pool.kv_heads, pool.dim, pool.page_size)
+        wrapper.plan(starts, pages, last, *sizes, q_data_type=pool.dtype, kv_data_type=pool.dtype)
+
+        def run(wrapper: Any = wrapper) -> None:
+            for kv in pool.calls():
+                wrapper.run(q, flashinfer_paged(pool, kv), out=out)
+
+        yield Variant("flashinfer, tensor cores" if tensor_cores else "flashinfer", run)
+
+
+def flashinfer_prefills(pool: Pool) -> Iterator[Variant]:
+    """Its prefill kernels, for Ampere and for Hopper."""
+    import flashinfer
+
+    tokens = pool.batch * pool.context
+    q, out = pool.queries(tokens), pool.output(tokens).view(tokens, pool.heads, pool.dim)
+    starts, pages, last = flashinfer_tables(pool)
+    query_starts = torch.arange(pool.batch + 1, dtype=torch.int32) * pool.context
+    for backend in ("fa2", "fa3"):
+        wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
+            torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda"), "NHD", backend=backend
+        )
+        sizes = (pool.heads, pool.kv_heads, pool.dim, pool.page_size)
+        wrapper.plan(
+            query_starts, starts, pages, last, *sizes, causal=True, sm_scale=pool.scale, q_data_type=pool.dtype
+        )
+
+        def run(wrapper: Any = wrapper) -> None:
+            for kv in pool.calls():
+                wrapper.run(q, flashinfer_paged(pool, kv), out=out)
+
+        yield Variant(f"flashinfer, {backend}", run)
+
+
 def prefill_variants(pool: Pool, tune: bool) -> Iterator[Variant]:
     """The default; when tuning, all other tiles too."""
     tokens = pool.batch * pool.context
@@ -175,9 +240,11 @@ def main() -> None:
     parser.add_argument("--page-size", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--flashinfer", action="store_true", help="which must be installed; pages of 16")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
+    args.page_size = 16 if args.flashinfer else args.page_size
     print(f"{args.model} {args.dtype}, pages of {args.page_size}; {torch.cuda.get_device_name()}, {torch.__version__}")
 
     def report(row: dict[str, object], line: str) -> None:
@@ -189,7 +256,8 @@ def main() -> None:
     for batch, context in product(args.decode, args.contexts):
         pool = Pool(args.model, batch, context, args.page_size, dtype)
         size = 2 * dtype.itemsize * batch * (context * pool.kv_heads + pool.heads) * pool.dim
-        for us, what in timed(decode_variants(pool, args.max_context, args.tune), args.repeats):
+        others = flashinfer_decodes(pool) if args.flashinfer else ()
+        for us, what in timed(chain(decode_variants(pool, args.max_context, args.tune), others), args.repeats):
             rate, floor = size / us / 1e6, size / BANDWIDTH * 1e6
             row = {"kind": "decode", "batch": batch, "context": context, "what": what, "us": us, "tb_per_s": rate}
             report(
@@ -200,7 +268,8 @@ def main() -> None:
     for batch, context in [] if args.no_prefill else PREFILLS:
         pool = Pool(args.model, batch, context, args.page_size, dtype)
         flops = 4 * pool.dim * pool.heads * batch * context * (context + 1) / 2
-        for us, what in timed(prefill_variants(pool, args.tune), args.repeats):
+        others = flashinfer_prefills(pool) if args.flashinfer else ()
+        for us, what in timed(chain(prefill_variants(pool, args.tune), others), args.repeats):
             row = {"kind": "prefill", "batch": batch, "context": context, "what": what, "us": us}
             rate = flops / us / 1e6
             report(

@@ -204,6 +204,23 @@ def test_ignored_flags_are_logged_line_by_line(args: ServerArgs, caplog: pytest.
     ]
 
 
+@pytest.mark.parametrize(
+    ("installed", "dtype", "backend", "reason"),
+    [
+        (True, "bfloat16", "flashinfer", ""),
+        (False, "bfloat16", "triton", "not installed"),
+        (True, "float32", "triton", "no kernels for heads of 64 values in float32"),
+    ],
+)
+def test_flashinfer_where_it_can_be(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, installed, dtype, backend, reason
+):
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: object() if installed else None)
+    with caplog.at_level(logging.WARNING):
+        assert module._attention_backend("flashinfer", "cuda", 64, dtype) == backend
+    assert reason in caplog.text and bool(reason) == bool(caplog.records)
+
+
 def test_half_width_on_a_cpu_warns(args: ServerArgs, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.WARNING):
         assert resolve(changed(args, dtype="bfloat16")).load.dtype == "bfloat16"

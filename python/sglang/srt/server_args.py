@@ -219,7 +219,7 @@ class ServerArgs:
     lora_drain_wait_threshold: float = 0.0
 
     # Kernels
-    attention_backend: Annotated[str | None, Arg("triton or torch_native; others become triton")] = None
+    attention_backend: Annotated[str | None, Arg("triton, flashinfer or torch_native; others become triton")] = None
     decode_attention_backend: str | None = None
     prefill_attention_backend: str | None = None
     sampling_backend: str | None = None

@@ -7,6 +7,7 @@ never changed. No torch: the front decides, the back obeys.
 from __future__ import annotations
 
 import glob
+import importlib.util
 import json
 import logging
 import os
@@ -55,6 +56,7 @@ _DEFAULTS: dict[Device, _DeviceDefaults] = {
 }
 _DTYPES = {"float": "float32", "half": "float16", "bf16": "bfloat16"}
 _LOW_PRECISION = ("bfloat16", "float16")
+_FLASHINFER_HEAD_DIMS = (64, 128, 256)
 
 _AT_LEAST_ONE = (
     "max_running_requests",
@@ -93,7 +95,7 @@ def resolve(args: ServerArgs) -> Config:
         tokenizer=_tokenizer(args, path),
         memory=_memory(args, device, dtype),
         schedule=_schedule(args, device),
-        device=_device_section(args, device),
+        device=_device_section(args, device, model.head_dim, dtype),
         server=_server(args, model),
         lora=lora_section(args),
     )
@@ -119,24 +121,35 @@ def _gpu_present() -> bool:
     return bool(glob.glob("/dev/nvidia[0-9]*")) or os.path.exists("/dev/kfd") or os.path.exists("/dev/dxg")
 
 
-def _device_section(args: ServerArgs, device: Device) -> DeviceSection:
-    attention = _attention_backend(args.attention_backend, device)
+def _device_section(args: ServerArgs, device: Device, head_dim: int, dtype: str) -> DeviceSection:
+    attention = _attention_backend(args.attention_backend, device, head_dim, dtype)
     graphs: tuple[int, ...] = ()
-    if attention == "triton" and not args.disable_cuda_graph:
+    if attention != "torch_native" and not args.disable_cuda_graph:
         running = args.max_running_requests
         graphs = _graph_rows(args, _DEFAULTS[device].max_running_requests if running is None else running)
     return DeviceSection(device=device, gpu_id=args.base_gpu_id, attention_backend=attention, cuda_graph_bs=graphs)
 
 
-def _attention_backend(wanted: str | None, device: Device) -> str:
+def _attention_backend(wanted: str | None, device: Device, head_dim: int, dtype: str) -> str:
     if device == "cpu":
         if wanted not in (None, "torch_native"):
             logger.warning("--attention-backend %s: on a CPU there is torch_native", wanted)
         return "torch_native"
     if wanted in (None, "triton", "torch_native"):
         return wanted or "triton"
-    logger.warning("--attention-backend %s: attention runs on this server's own Triton kernels", wanted)
+    reason = _why_no_flashinfer(head_dim, dtype) if wanted == "flashinfer" else "there is no such one here"
+    if not reason:
+        return "flashinfer"
+    logger.warning("--attention-backend %s: %s; attention runs on this server's own Triton kernels", wanted, reason)
     return "triton"
+
+
+def _why_no_flashinfer(head_dim: int, dtype: str) -> str:
+    if importlib.util.find_spec("flashinfer") is None:
+        return "flashinfer is not installed (pip install flashinfer-python)"
+    if head_dim not in _FLASHINFER_HEAD_DIMS or dtype not in _LOW_PRECISION:
+        return f"it has no kernels for heads of {head_dim} values in {dtype}"
+    return ""
 
 
 def _graph_rows(args: ServerArgs, max_running: int) -> tuple[int, ...]:

@@ -85,7 +85,7 @@ class DeviceSection(msgspec.Struct, frozen=True, kw_only=True):
     """Where the model runs.
 
     Fields:
-        attention_backend: triton | torch_native.
+        attention_backend: triton | flashinfer | torch_native.
         cuda_graph_bs: numbers of rows that decode steps are captured for, ascending; empty for no graphs.
         threads: torch's intra-op thread count on CPU, None for torch's own choice.
     """

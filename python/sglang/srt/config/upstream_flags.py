@@ -210,7 +210,7 @@ FLAGS: dict[str, Status] = {
     "sampling_backend": Ignored("tokens are drawn by the server's own kernels", quiet=("pytorch",)),
     "grammar_backend": Ignored("constrained decoding is not available yet", quiet=("none",)),
     "mm_attention_backend": Ignored(_TEXT_ONLY),
-    "disable_flashinfer_autotune": Ignored("flashinfer is not used"),
+    "disable_flashinfer_autotune": Ignored("what is used of flashinfer is not tuned"),
     # Speculative decoding
     "speculative_algorithm": Refused(_SPECULATIVE),
     "speculative_draft_model_path": Refused(_SPECULATIVE),
@@ -270,7 +270,7 @@ FLAGS: dict[str, Status] = {
     "enable_draft_weights_cpu_backup": Ignored("there is no draft model"),
     "allow_auto_truncate": Implemented("server.allow_auto_truncate"),
     "enable_custom_logit_processor": Refused("the server runs no code that comes with a request"),
-    "flashinfer_mla_disable_ragged": Ignored("flashinfer is not used"),
+    "flashinfer_mla_disable_ragged": Ignored("there is no MLA"),
     "disable_shared_experts_fusion": Ignored(_DENSE),
     "disable_chunked_prefix_cache": Ignored("chunks of a prompt always see what is before them"),
     "disable_fast_image_processor": Ignored(_TEXT_ONLY),

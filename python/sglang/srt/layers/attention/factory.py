@@ -29,4 +29,8 @@ def create_attention_backend(
         from sglang.srt.layers.attention.triton import TritonAttention
 
         return TritonAttention(kv_pool, page_table, num_heads, device, sliding_window)
-    raise ConfigError(f"--attention-backend {name!r} is not known; use triton or torch_native")
+    if name == "flashinfer":
+        from sglang.srt.layers.attention.flashinfer import FlashInferAttention
+
+        return FlashInferAttention(kv_pool, page_table, num_heads, device, sliding_window)
+    raise ConfigError(f"--attention-backend {name!r} is not known; use triton, flashinfer or torch_native")
