@@ -1,6 +1,6 @@
 """flashinfer's paged prefill (Ye et al. 2025), the only part of it that is faster than our own kernels here.
 
-Used by `layers.attention.flashinfer`. Importing this imports flashinfer, which compiles kernels at their first use.
+Used by `layers.attention.flashinfer`. flashinfer compiles kernels at their first use: here, when the server starts.
 """
 
 # flashinfer has no types.
@@ -8,10 +8,13 @@ Used by `layers.attention.flashinfer`. Importing this imports flashinfer, which 
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 _WORKSPACE_BYTES = 128 << 20
 
@@ -44,6 +47,17 @@ class PagedPrefill:
         )
         self._shape = num_heads, num_kv_heads, head_dim, page_size
         self._options = {"window_left": -1 if window is None else window - 1, "q_data_type": dtype}
+        self._compile(dtype, device)
+
+    def _compile(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Attend to one token, so that no request waits for a compiler."""
+        heads, kv_heads, dim, size = self._shape
+        logger.info("flashinfer's kernels are compiled now if its cache does not have them, which takes a minute")
+        starts = torch.tensor([0, 1], dtype=torch.int32)
+        self.plan(starts, starts, torch.zeros(1, dtype=torch.int32, device=device), starts[1:], 1.0)
+        q = torch.zeros(1, heads, dim, dtype=dtype, device=device)
+        pool = torch.zeros(size, kv_heads, dim, dtype=dtype, device=device)
+        self.run(q, pool, pool, torch.empty_like(q))
 
     def plan(self, query_starts: Tensor, page_starts: Tensor, pages: Tensor, last: Tensor, scale: float) -> None:
         """Prepare a step.
