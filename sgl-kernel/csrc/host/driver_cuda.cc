@@ -200,8 +200,9 @@ const Device& device(int device_id) {
 
 void preload(int device_id) { device(device_id); }
 
-TensorMap tensor_map(const void* data, int64_t rows, int64_t columns, int64_t stride, int tile_rows) {
+TensorMap tensor_map(int device_id, const void* data, int64_t rows, int64_t columns, int64_t stride, int tile_rows) {
   static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) >= alignof(CUtensorMap), "tensor_map.h");
+  const UseDevice use(device_id);
   TensorMap map;
   const cuuint64_t size[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t row_bytes[] = {static_cast<cuuint64_t>(stride) * 2};

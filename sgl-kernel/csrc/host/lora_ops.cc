@@ -41,8 +41,8 @@ void group_gemm(const TensorView& x, const TensorView& weight, const TensorView&
   args.num_splits = splits > 0 ? smaller(static_cast<int>(splits), kGroupSplits) : choice % 16;
   args.part_columns = ceil_div(ceil_div(args.in_features, 64), args.num_splits) * 64;
   args.share_tokens = ceil_div(args.tokens, args.num_splits);
-  args.x = driver::tensor_map(x.data_ptr(), args.tokens, args.in_features, x.stride(0), kGroupTokens);
-  args.weight = driver::tensor_map(weight.data_ptr(), args.out_features, args.in_features, weight.stride(0), rows);
+  args.x = driver::tensor_map(place.device_id, x.data_ptr(), args.tokens, args.in_features, x.stride(0), kGroupTokens);
+  args.weight = driver::tensor_map(place.device_id, weight.data_ptr(), args.out_features, args.in_features, weight.stride(0), rows);
   args.y = data<uint16_t>(y);
   args.y_stride = y.stride(0);
   const char* name = rows == 128 ? "skinny_gemm_group_128" : rows == 96 ? "skinny_gemm_group_96" : "skinny_gemm_group_64";
@@ -62,7 +62,9 @@ void skinny_gemm(TensorView x, TensorView weight, TensorView y, ffi::Optional<Te
   if (tokens > 64) TVM_FFI_THROW(ValueError) << "skinny_gemm takes 1 to 64 rows, got " << tokens;
   const Place place(x);
   const driver::Device& device = driver::device(place.device_id);
-  if (tokens > 16 && device.warpgroups && !slabs.has_value()) return group_gemm(x, weight, y, splits, overlap);
+  // The copy engine is not documented to take rows that overlap, as those of an expanded tensor do.
+  const bool apart = x.stride(0) >= x.size(1) && weight.stride(0) >= weight.size(1);
+  if (tokens > 16 && device.warpgroups && apart && !slabs.has_value()) return group_gemm(x, weight, y, splits, overlap);
   GemmArgs args{};
   args.x = data<const uint16_t>(x);
   args.weight = data<const uint16_t>(weight);

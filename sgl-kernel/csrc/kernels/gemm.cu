@@ -1,4 +1,4 @@
-// Entry points of gemm.h, named by the token rows of a block and, where there is a choice, its rows of weights.
+// Entry points of gemm.h and group_gemm.h, named by the token rows of a block and its rows of weights, where there is a choice.
 #include "gemm.h"
 
 #include "sgl_kernel/geometry.h"
@@ -32,11 +32,12 @@ struct Block : TileGemm<kRows, kTokens, gemm_stages(kWarp, kRows, kTokens)> {
     sgl::name##_tile<sgl::Block<tokens, rows>>(args);          \
   }
 
-// Empty on other GPUs: the host asks for it where there are warpgroups, but every GPU has all kernels of a vendor.
+// The host asks for these where there are warpgroups, but every GPU has all kernels of a vendor. A build without the code of
+// 9.0a would come here on a Hopper GPU.
 #if SGL_WARPGROUPS
 #define SGL_RUN_GROUP(rows, args) sgl::GroupGemm<rows>::run(args)
 #else
-#define SGL_RUN_GROUP(rows, args)
+#define SGL_RUN_GROUP(rows, args) sgl::trap()
 #endif
 #define SGL_GROUP(rows)                                                                              \
   SGL_KERNEL_OF(sgl::kGroupThreads, 1) skinny_gemm_group_##rows(SGL_ARGS(sgl::GroupGemmArgs) args) { \

@@ -1,7 +1,8 @@
 // Products with few rows of x, and with the rows of A: y = x W^T for decoding, u = x A^T alone, or both in one launch.
 //
 // Up to 16 tokens go through stream_gemm.h, more through tile_gemm.h; both put the A rows of live slots after the rows of
-// W as work of the same kind, and the batch says how many there are.
+// W as work of the same kind, and the batch says how many there are. Hopper takes more tokens without adapters through
+// group_gemm.h.
 #pragma once
 
 #include "sgl_kernel/geometry.h"
@@ -141,7 +142,7 @@ SGL_DEVICE void lora_shrink_stream(const ShrinkArgs& args) {
   Stream::run(ShrinkWork{args, block_x(), grid_x(), tile, a}, 0, args.site.in_features);
 }
 
-// ---- more tokens: blocks of 64 or 128 rows -------------------------------------------------------------------------
+// ---- more tokens: blocks of 64 rows --------------------------------------------------------------------------------
 
 // u of the rows [first, first + kRows) of an adapter's A; `token_row(t)` is the row of x and u, negative for no token.
 template <class Gemm, class TokenRow>

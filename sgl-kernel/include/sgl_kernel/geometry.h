@@ -23,7 +23,7 @@ constexpr int stream_shared_bytes(int warp, int tokens) {
   return stream_warps(warp) * (stream_stages(warp, tokens) * stage + columns * (kStreamRows + 4) * 4);
 }
 
-// ---- products with a long sum (tile_gemm.h) ------------------------------------------------------------------------
+// ---- products for more tokens (tile_gemm.h) ------------------------------------------------------------------------
 
 constexpr int gemm_halves(int warp) { return warp == 32 ? 2 : 1; }  // of K, for warps with the same token rows
 constexpr int gemm_threads(int warp, int rows) { return rows / 16 * warp; }

@@ -1,4 +1,4 @@
-// The main loop of every product with a long sum: rows of weights times token rows, both dense along K.
+// The main loop of products of more than 16 tokens: rows of weights times token rows, both dense along K.
 //
 // A block computes kRows x kTokens sums over its part of K; the blocks of a cluster take the parts, and the parts are added in the order of
 // their ranks, so a result depends on K and the number of parts alone: not on the other rows, tokens or blocks.
@@ -144,7 +144,7 @@ struct TileGemm {
     const uint8_t* token_tile = stage + kRows * kRowBytes;
     const int first = warp_id() % kGroups * kWarpRows;
     constexpr int kSteps = kDepth / 16 / kHalves;
-    SGL_NO_UNROLL  // registers for two blocks of 128 rows
+    SGL_NO_UNROLL  // registers for two blocks of a multiprocessor
     for (int i = 0; i < kSteps; ++i) {
       const int step = warp_id() / kGroups * kSteps + i;
       Fragment a[kHalves];

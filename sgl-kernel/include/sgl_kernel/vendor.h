@@ -577,6 +577,14 @@ SGL_DEVICE void multiply_tiles(GroupSums<128>& d, const void* a, const void* b, 
 }
 #endif
 
+SGL_DEVICE void trap() {  // ends the launch with an error
+#if SGL_CUDA
+  __trap();
+#else
+  __builtin_trap();
+#endif
+}
+
 // ---- the kernels before and after in the stream ------------------------------------------------------------------------
 
 // Before this returns, a kernel may read only what no kernel of the step writes: weights, adapters, the batch.
