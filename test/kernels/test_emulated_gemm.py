@@ -13,7 +13,8 @@ from kernels.emulator.numbers import NAN, Bits, assert_rounded_once, padded, ran
 from kernels.emulator.tiling import tiling
 
 STREAMS = ("skinny_gemm_8", "skinny_gemm_16")
-TILES = ("skinny_gemm_32x64", "skinny_gemm_64x64", "skinny_gemm_64x96", "skinny_gemm_64x128")
+TILES = ("skinny_gemm_32x64", "skinny_gemm_64x64")
+GROUPS = ("skinny_gemm_group_64", "skinny_gemm_group_96", "skinny_gemm_group_128")
 
 
 @dataclass
@@ -78,6 +79,45 @@ class Product:
         return u
 
 
+@dataclass
+class GroupProduct:
+    """One launch of a kernel of warpgroups; arrays as those of a `Product`.
+
+    Attributes:
+        pad: columns of NaN behind each row of x and y, half of those behind the weight's.
+    """
+
+    gpu: Gpu
+    x: Bits
+    weight: Bits
+    kernel: str = GROUPS[0]
+    splits: int = 1
+    seed: int = 0
+    pad: int = 8
+
+    def run(self) -> Bits:
+        (tokens, k), n = self.x.shape, len(self.weight)
+        tile = tiling(self.gpu, self.kernel)
+        x = self.gpu.array("x", padded(self.x, k + self.pad), "input")
+        weight = self.gpu.array("weight", padded(self.weight, k + 2 * self.pad))
+        y = self.gpu.array("y", np.full((tokens, n + self.pad), NAN, np.uint16), "output")
+        args = self.gpu.args(
+            "GroupGemmArgs",
+            x=self.gpu.tensor_map(x, k, tile.tokens),
+            weight=self.gpu.tensor_map(weight, k, tile.rows),
+            y=y,
+            y_stride=n + self.pad,
+            tokens=tokens,
+            in_features=k,
+            out_features=n,
+            num_splits=self.splits,
+        )
+        blocks = -(-n // tile.rows) * self.splits
+        self.gpu.launch(self.kernel, args, (blocks, 1), tile.threads, tile.shared, self.splits, self.seed)
+        assert (y[:, n:] == NAN).all()
+        return y[:, :n]
+
+
 def assert_product(y: Bits, x: Bits, weight: Bits) -> None:
     wide_x, wide_weight = to_float(x), to_float(weight)
     assert_rounded_once(y, wide_x @ wide_weight.T, np.abs(wide_x) @ np.abs(wide_weight).T)
@@ -113,8 +153,8 @@ def check_product(vendor: str, tokens: int, n: int, k: int, **launch: object) ->
         ("skinny_gemm_32x64", 17, 200, 520),
         ("skinny_gemm_32x64", 31, 72, 64),
         ("skinny_gemm_64x64", 33, 136, 328),
-        ("skinny_gemm_64x96", 50, 200, 392),
-        ("skinny_gemm_64x128", 64, 136, 264),
+        ("skinny_gemm_64x64", 50, 200, 392),
+        ("skinny_gemm_64x64", 64, 136, 264),
     ],
 )
 def test_tiles(vendor: str, splits: int, kernel: str, tokens: int, n: int, k: int) -> None:
@@ -153,6 +193,115 @@ def test_every_placement_of_arrays(vendor: str, side: str, kernel: str) -> None:
     x, weight = random_bf16(rng, 5, 136), random_bf16(rng, 72, 136)
     y, _ = Product(Gpu(vendor, side=side), x, weight, kernel).run()
     assert_product(y, x, weight)
+
+
+# ---- warpgroups -----------------------------------------------------------------------------------------------------
+
+
+def check_group(tokens: int, n: int, k: int, kernel: str, splits: int, **launch: int) -> None:
+    rng = np.random.default_rng(tokens + n + k)
+    x, weight = random_bf16(rng, tokens, k), random_bf16(rng, n, k)
+    assert_product(GroupProduct(Gpu("cuda"), x, weight, kernel, splits, **launch).run(), x, weight)
+
+
+@pytest.mark.parametrize("kernel", GROUPS)
+@pytest.mark.parametrize("splits", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("tokens", "n", "k"), [(17, 8, 8), (33, 136, 328), (48, 200, 1096), (63, 72, 2120), (64, 264, 64)]
+)
+def test_group_shapes(kernel: str, splits: int, tokens: int, n: int, k: int) -> None:
+    """Fewer steps than stages, more of them, parts of K with nothing in them; a ragged edge everywhere."""
+    check_group(tokens, n, k, kernel, splits)
+
+
+@pytest.mark.parametrize("tokens", range(17, 65))
+def test_every_number_of_tokens_of_a_group(tokens: int) -> None:
+    check_group(tokens, 72, 200, GROUPS[tokens % 3], 1 + tokens % 4, seed=tokens)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 4])
+@pytest.mark.parametrize("k", [16, 56, 64, 72, 128, 504, 512, 520, 1024, 1032, 6144])
+def test_every_length_of_the_sum_of_a_group(splits: int, k: int) -> None:
+    check_group(20, 40, k, GROUPS[k % 3], splits, seed=k)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("side", ["start", "end"])
+@pytest.mark.parametrize("pad", [0, 8])
+def test_every_placement_of_arrays_of_a_group(side: str, pad: int, seed: int) -> None:
+    """Every start of shared memory too."""
+    rng = np.random.default_rng(5)
+    x, weight = random_bf16(rng, 37, 136), random_bf16(rng, 104, 136)
+    assert_product(GroupProduct(Gpu("cuda", side=side), x, weight, GROUPS[1], 2, seed, pad).run(), x, weight)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_row_of_a_group_has_the_same_bits_whatever_else_there_is(splits: int) -> None:
+    """In other places, among fewer rows and beside NaN; with other rows of the weight in a block, and fewer."""
+    rng = np.random.default_rng(2)
+    x, weight = random_bf16(rng, 64, 840), random_bf16(rng, 264, 840)
+    y = GroupProduct(Gpu("cuda"), x, weight, GROUPS[0], splits).run()
+    assert_product(y, x, weight)
+    for seed, (kernel, order) in enumerate(
+        zip(GROUPS, (range(17), rng.permutation(64), range(63, 30, -1)), strict=True)
+    ):
+        got = GroupProduct(Gpu("cuda"), x[list(order)], weight, kernel, splits, seed).run()
+        assert (got == y[list(order)]).all()
+    alone = x.copy()
+    alone[np.arange(64) != 40] = NAN
+    assert (GroupProduct(Gpu("cuda"), alone, weight[:200], GROUPS[2], splits).run()[40] == y[40, :200]).all()
+
+
+@pytest.mark.parametrize(("n", "k"), [(192, 2056), (256, 2048), (384, 4096)])
+@pytest.mark.parametrize("behind", [8, 16, 56])
+def test_rows_behind_a_weight_change_no_bit(n: int, k: int, behind: int) -> None:
+    """Those of A may be there or not: the host chooses the same."""
+    rng, gpu = np.random.default_rng(3), Gpu("cuda")
+    x, weight = random_bf16(rng, 24, k), random_bf16(rng, n + behind, k)
+    results = []
+    for rows in (n, n + behind):
+        choice = gpu.geometry("group_choice", 132, rows, k)
+        assert choice % 16 > 1
+        results.append(
+            GroupProduct(Gpu("cuda"), x, weight[:rows], f"skinny_gemm_group_{choice // 16}", choice % 16).run()
+        )
+    assert (results[0] == results[1][:, :n]).all()
+
+
+# ---- how many parts -------------------------------------------------------------------------------------------------
+
+QWEN_3 = {
+    "1.7B": ((4096, 2048), (2048, 2048), (12288, 2048), (2048, 6144), (151936, 2048)),
+    "8B": ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (151936, 4096)),
+}
+"""Rows and columns of the products of a step: q, k, v; output; gate, up; down; logits."""
+
+
+@pytest.mark.parametrize("multiprocessors", [78, 114, 132])
+@pytest.mark.parametrize(("n", "k"), [*QWEN_3["1.7B"], *QWEN_3["8B"]])
+def test_a_few_rows_behind_a_weight_change_no_choice(multiprocessors: int, n: int, k: int) -> None:
+    gpu = Gpu("cuda")
+    choice = gpu.geometry("group_choice", multiprocessors, n, k)
+    for behind in (8, 16, 48, 64, 192, 768):
+        assert gpu.geometry("group_choice", multiprocessors, n + behind, k) == choice
+
+
+def test_every_choice_can_be_launched() -> None:
+    gpu = Gpu("cuda")
+    for multiprocessors in (1, 66, 132):
+        for n in (8, 64, 72, 1000, 4096, 5000, 151936, 1 << 20):
+            for k in (8, 64, 504, 512, 768, 1024, 6144, 1 << 17):
+                rows, splits = divmod(gpu.geometry("group_choice", multiprocessors, n, k), 16)
+                assert f"skinny_gemm_group_{rows}" in GROUPS
+                assert 1 <= splits <= gpu.geometry("kGroupSplits") <= 8 and (splits == 1 or k // splits >= 256)
+                assert gpu.geometry("group_shared_bytes", rows) <= 227 << 10
+
+
+def test_numbers_are_rounded_down_to_few() -> None:
+    gpu = Gpu("cuda")
+    few = [1, *(value for power in range(1, 22) for value in (2**power, 3 * 2 ** (power - 1)))]
+    for value in [*range(1, 3000), 24575, 24576, 151936, (1 << 20) - 1, 1 << 20]:
+        assert gpu.geometry("round_down", value) == max(f for f in few if f <= value)
 
 
 # ---- u --------------------------------------------------------------------------------------------------------------

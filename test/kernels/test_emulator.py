@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from kernels.emulator import VENDORS, Gpu, KernelError, build
 from kernels.emulator.build import Sources
-from kernels.emulator.numbers import NAN, random_bf16, to_float
+from kernels.emulator.numbers import NAN, Bits, random_bf16, to_float
 from numpy.typing import NDArray
 
 PROBES = "csrc/kernels/probes.cu"
@@ -219,6 +219,84 @@ def test_a_product_of_eight_columns_depends_on_no_other(vendor: str) -> None:
     np.testing.assert_allclose(y[: len(expected)].view(np.float32), expected, rtol=1e-5, atol=1e-5)
 
 
+# ---- warpgroups -----------------------------------------------------------------------------------------------------
+
+
+def probe_group(
+    kernel: str, rows: int = 64, seed: int = 0, place: tuple[int, int] = (0, 0)
+) -> tuple[Bits, Bits, NDArray[np.uint16]]:
+    """Run a kernel of 160 threads on x [70, 100] and a weight of `rows` rows, of both of which it sees rows of 80 columns.
+
+    Returns:
+        x, weight and y, at first NaN; y's type is the kernel's business.
+    """
+    gpu, rng = Gpu("cuda", Sources().add(PROBES, (build.HERE / "probes.cu").read_text())), np.random.default_rng(seed)
+    x = gpu.array("x", random_bf16(rng, 70, 104), "input")
+    weight = gpu.array("weight", random_bf16(rng, rows, 104))
+    y = gpu.array("y", np.full(64 * rows * 2, NAN, np.uint16), "output")
+    maps = {"x": gpu.tensor_map(x, 80, 64), "weight": gpu.tensor_map(weight, 80, rows)}
+    args = gpu.args("GroupGemmArgs", **maps, y=y, in_features=place[0], out_features=place[1])
+    gpu.launch(kernel, args, (1, 1), 160, 1024 + 8192 + rows * 128 + 8, seed=seed, file="probes.cu")
+    return x, weight, y
+
+
+GROUP_MISTAKES = {
+    "not_ready": "before arrivals_ready",
+    "no_barrier": "race: uses arrivals|no arrivals are at",
+    "arrivals_twice": "which counts arrivals",
+    "stores_arrivals": "which counts arrivals",
+    "misaligned": "misaligned: a tile at byte .* of shared memory, which is not a multiple of 1024",
+    "outside": "a tile of 64 rows at",
+    "too_early": "of x before wait_for_previous_kernel",
+    "few_bytes": "16384 bytes are brought to arrivals at .*, which expect 16368",
+    "many_bytes": r"deadlock: 128 threads wait at wait_for_arrivals \(.*probes.cu:\d+\); 32 have left",
+    "arrives_twice": "arrives at .*, where a phase that nothing but copies is missing from",
+    "never_arrives": r"deadlock: 128 threads wait at wait_for_arrivals",
+    "tile_on_its_way": "leaves while a tile is on its way",
+    "no_wait": "while a copy|which no copy has brought|has not waited for",
+    "one_waits": "race: multiplies .*, whose copy thread 1 has not waited for|while a copy|which no copy has brought",
+    "wrong_parity": "while a copy|which no copy has brought",
+    "stores_tile": "race: writes|multiplies .*, which no copy has brought",
+    "copies_over_tile": "race: writes .*, which a product that this thread has not waited for reads|while a copy",
+    "no_begin": "multiply_tiles with no group_begin before it",
+    "other_tiles": "warps of a warpgroup multiply different tiles",
+    "three_warps": "deadlock: 96 threads wait at group_wait",
+    "uses_sums": "race: writes sums while a product",
+    "no_group_wait": "leaves while a product of its warpgroup is on its way",
+    "multiplies_stores": "multiplies .*, which no copy has brought",
+    "map_of_its_own": "the map of a copy must be an argument",
+    "waits_once_more": "deadlock: 2 threads wait at wait_for_arrivals",
+}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("name", GROUP_MISTAKES)
+def test_mistakes_of_a_warpgroup(name: str, seed: int) -> None:
+    with pytest.raises(KernelError, match=f"^group_{name}[,:].*({GROUP_MISTAKES[name]})"):
+        probe_group(f"group_{name}", seed=seed)
+
+
+@pytest.mark.parametrize("rows", [64, 96, 128])
+@pytest.mark.parametrize("seed", range(3))
+def test_product_of_a_warpgroup(rows: int, seed: int) -> None:
+    x, weight, y = probe_group("group_multiplies" + f"_{rows}" * (rows > 64), rows, seed)
+    exact = to_float(x[:64, :64]) @ to_float(weight[:, :64]).T
+    np.testing.assert_allclose(y.view(np.float32).reshape(64, rows), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (6, 16), (7, 0), (64, 8), (0, 72), (200, 0), (0, 80), (3, 24)])
+def test_tiles_lie_as_kernels_read_them(place: tuple[int, int]) -> None:
+    """In the order of swizzle.h; zeros behind the last row and column."""
+    x, _, y = probe_group("group_copies", seed=sum(place), place=place)
+    whole = np.zeros((300, 200), np.uint16)
+    whole[:70, :80] = x[:, :80]
+    assert (y[:4096].reshape(64, 64) == whole[place[0] :, place[1] :][:64, :64]).all()
+
+
+def test_threads_that_wait_for_each_other() -> None:
+    assert probe_group("group_arrives")[2][0] == 3
+
+
 # ---- the emulator and vendor.h say the same -------------------------------------------------------------------------
 
 
@@ -231,7 +309,11 @@ VECTORS = ((16, "Vec8"), (16, "Float4"), (8, "Float2"), (8, "Vec4"))
 
 
 def functions(text: str) -> set[str]:
-    return set(re.findall(r"SGL_DEVICE [\w*& ]*?\b(\w+)\(", text)) - {"shared_address", "read_cluster"}
+    return set(re.findall(r"SGL_DEVICE [\w*& ]*?\b(\w+)\(", text)) - {
+        "shared_address",
+        "read_cluster",
+        "tile_descriptor",
+    }
 
 
 def test_every_function_of_the_vendors_is_emulated() -> None:
@@ -244,7 +326,8 @@ def test_every_function_of_the_vendors_is_emulated() -> None:
     [
         (f"struct {name} {{", "\n};")
         for name in ("Fragment", "Accumulator", "Strip", *(f"alignas({size}) {name}" for size, name in VECTORS))
-    ],
+    ]
+    + [("struct alignas(8) Arrivals {", "\n};"), ("struct GroupSums {", "\n};"), ("enum class Reuse", ";")],
 )
 def test_layouts_of_lanes_are_the_vendors(start: str, end: str) -> None:
     def passage(text: str) -> str:

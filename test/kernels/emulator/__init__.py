@@ -9,7 +9,9 @@ A launch raises `KernelError` for what would be undefined or a race on a GPU, wh
 access outside of every array or of the wrong one (see `Gpu.array`), a misaligned one, a read of shared memory that
 nobody wrote or whose copy has not arrived, two accesses that no barrier orders (the block's, or the warp's own), a warp
 that is not together at a matrix product, a barrier that some thread never reaches, a block that leaves while its shared
-memory is read or without having waited for the previous kernel.
+memory is read or without having waited for the previous kernel; of Hopper's copies and products, a tile that is used
+before its arrival was waited for or overwritten while a product may read it, sums that are touched before theirs, and
+arrivals that never come or are too many.
 
 A new .cu file is one line in `KERNEL_FILES`.
 """
@@ -24,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arguments import argument_types
+from .arguments import argument_types, make
 from .build import Sources, build_library
 from .guarded import guarded_array
 
@@ -105,9 +107,13 @@ class Gpu:
         self._arrays.append((copy, name.encode(), ROLES[role]))
         return copy
 
+    def tensor_map(self, rows: NDArray[Any], columns: int, tile_rows: int) -> list[int]:
+        """What copies of tiles take: the first `columns` of every row of an array, in tiles of so many rows."""
+        return [rows.ctypes.data, len(rows), columns, rows.strides[0] // rows.itemsize, tile_rows, *[0] * 11]
+
     def args(self, struct: str, **fields: Any) -> ctypes.Structure:
         """A struct of args.h by its name. Arrays become addresses, None becomes null, and what is not named is 0."""
-        args = argument_types(self.sources)[struct]()
+        args = make(argument_types(self.sources)[struct])
         for name, value in fields.items():
             if name not in dict(args._fields_):
                 raise AttributeError(f"{struct} has no {name}")
@@ -169,6 +175,6 @@ def _file_of(kernel: str) -> str:
 def _check_layout(library: ctypes.CDLL, args: ctypes.Structure) -> None:
     """That Python and C++ lay the arguments out alike."""
     kind = type(args)
-    names = [name for name, *_ in kind._fields_]
+    names = [name for name, *_ in kind._fields_ if not name.startswith("_")]
     actual = list((ctypes.c_size_t * (len(names) + 1)).in_dll(library, f"layout_{kind.__name__}"))
     assert actual == [ctypes.sizeof(kind), *(getattr(kind, name).offset for name in names)], kind.__name__

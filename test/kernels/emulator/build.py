@@ -17,7 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 KERNEL_ROOT = HERE.parents[2] / "sgl-kernel"
-RUNTIME = ("launch.cpp", "memory.cpp", "instructions.cpp", "hooks.cpp")
+RUNTIME = ("launch.cpp", "memory.cpp", "instructions.cpp", "warpgroup.cpp", "hooks.cpp")
 FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -fno-exceptions -ffp-contract=off -Wall -Wno-unknown-pragmas".split()
 KEPT_SECONDS = 7 * 86400
 # Every access of a kernel calls the runtime: see hooks.cpp.

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "machine.h"
+#include "sgl_kernel/tensor_map.h"
 
 #if defined(SGL_EMULATE_CUDA)
 #define SGL_CUDA 1
@@ -97,6 +98,7 @@ SGL_DEVICE void store_vec(void* p, const Vec8& v) {
 }
 SGL_DEVICE void prefetch_l2(const void*) {}
 SGL_DEVICE uint8_t* shared_memory() { return emu::shared_memory(); }
+SGL_DEVICE uint8_t* align_shared(uint8_t* p, int bytes) { return p + (-emu::shared_address(p) & (bytes - 1)); }
 
 SGL_DEVICE void async_copy16(void* shared, const void* global, int bytes) {
   emu::check_copy(shared, global, bytes);
@@ -255,6 +257,54 @@ SGL_DEVICE Float2 cluster_load(const Float2* p, int rank) { return read_cluster(
 SGL_DEVICE float cluster_load(const float* p, int rank) { return read_cluster(p, rank); }
 
 SGL_DEVICE void cluster_store(float* p, int rank, float value) { emu::write_cluster(p, rank, &value, sizeof value); }
+
+// ---- Hopper --------------------------------------------------------------------------------------------------------
+
+#if SGL_CUDA
+#define SGL_WARPGROUPS 1
+
+constexpr int kWarpgroup = 128;  // threads
+
+struct alignas(8) Arrivals {
+  uint64_t state;
+};
+SGL_DEVICE void arrivals_init(Arrivals* a, int count) { emu::arrivals_init(a, count); }
+SGL_DEVICE void arrivals_ready() { emu::arrivals_ready(); }
+SGL_DEVICE void arrive(Arrivals* a) { emu::arrive(a, 0); }
+SGL_DEVICE void arrive_expecting(Arrivals* a, int bytes) { emu::arrive(a, bytes); }
+SGL_DEVICE void wait_for_arrivals(Arrivals* a, int parity, emu::Place place = emu::here()) {
+  emu::wait_for_arrivals(a, parity, place);
+}
+
+enum class Reuse : uint64_t { kNone = 0x12f0000000000000, kSoon = 0x14f0000000000000 };
+
+SGL_DEVICE void copy_tile(void* shared, const TensorMap& map, int row, int column, Arrivals* done, Reuse) {
+  static_assert(sizeof(TensorMap) == 128, "");
+  emu::copy_tile(shared, reinterpret_cast<const uint64_t*>(map.words), row, column, done);
+}
+
+template <int N>
+struct GroupSums {
+  float v[N / 2];
+  // Elements 2 i and 2 i + 1 of this thread are neighbours, in this row and from this column on.
+  SGL_DEVICE int row(int i) { return thread_id() % kWarpgroup / 32 * 16 + lane_id() / 4 + i % 2 * 8; }
+  SGL_DEVICE int column(int i) { return i / 2 * 8 + lane_id() % 4 * 2; }
+};
+
+SGL_DEVICE void group_begin(emu::Place place = emu::here()) { emu::group_begin(place); }
+SGL_DEVICE void group_commit(emu::Place place = emu::here()) { emu::group_commit(place); }
+template <int kPending, int N>
+SGL_DEVICE void group_wait(GroupSums<N>& sums, emu::Place place = emu::here()) {
+  emu::group_wait(kPending, sums.v, place);
+}
+template <int N>
+SGL_DEVICE void multiply_tiles(GroupSums<N>& d, const void* a, const void* b, int step, emu::Place place = emu::here()) {
+  static_assert(N == 64 || N == 96 || N == 128, "");
+  emu::multiply_tiles(d.v, N, a, b, step, place);
+}
+#endif
+
+SGL_DEVICE void trap() { emu::trap(); }
 
 // ---- the kernels before and after in the stream --------------------------------------------------------------------
 

@@ -41,6 +41,7 @@ uint64_t lane_bit(const Thread& thread) { return uint64_t{1} << thread.id % mach
 
 void leave() {
   Block& block = *machine.current->block;
+  check_leaving_thread(*machine.current);
   machine.current->done = true;
   if (++block.left == machine.launch->threads) check_leaving(block);
   warp_of(*machine.current).ready &= ~lane_bit(*machine.current);
@@ -125,18 +126,18 @@ void run_cluster() {
   }
 }
 
-void wait_at(const char* what, Place place, void* operands) {
-  Thread& thread = *machine.current;
-  thread.waits_at = what;
-  thread.place = place;
-  thread.operands = operands;
-  warp_of(thread).ready &= ~lane_bit(thread);
-}
-
 // Whether `other` waits at the same place of the kernel as this thread.
 bool is_with(const Thread& other) {
   const Thread& me = *machine.current;
   return other.waits_at == me.waits_at && other.place.line == me.place.line && other.place.file == me.place.file;
+}
+
+// After a barrier everyone knows what one of them knew.
+void share_knowledge(Block& block, int first, int count) {
+  if (block.arrivals.empty()) return;
+  Known all = {};
+  for (int i = first; i < first + count; ++i) all.join(block.threads[i].known);
+  for (int i = first; i < first + count; ++i) block.threads[i].known = all;
 }
 
 void release_block(Block& block) {
@@ -151,6 +152,7 @@ void release_block(Block& block) {
            machine.current->place.line, thread.id, thread.place.line);
     thread.waited = waited;
   }
+  share_knowledge(block, 0, machine.launch->threads);
 }
 void wake_block(Block& block) {
   for (int i = 0; i < machine.launch->threads; ++i) release(block.threads[i]);
@@ -186,6 +188,9 @@ void place_cluster(const Launch& launch, int index, uint8_t* shared) {
       thread.done = thread.waited = false;
       thread.copies.clear();
       thread.group = 0;
+      thread.known = {};
+      thread.num_sums = 0;
+      thread.begun = false;
       release(thread);
     }
   }
@@ -250,6 +255,14 @@ void yield() {
   if (_setjmp(machine.current->context) == 0) _longjmp(scheduler, 1);
 }
 
+void wait_at(const char* what, Place place, void* operands) {
+  Thread& thread = *machine.current;
+  thread.waits_at = what;
+  thread.place = place;
+  thread.operands = operands;
+  warp_of(thread).ready &= ~lane_bit(thread);
+}
+
 void release(Thread& thread) {
   thread.waits_at = nullptr;
   warp_of(thread).ready |= lane_bit(thread);
@@ -291,6 +304,7 @@ void warp_barrier(Place place) {
     for (int i = 0; i < size; ++i) waited |= lanes[i].waited;
     for (int i = 0; i < size; ++i) lanes[i].waited = waited;
     ++warp_of(thread).barriers;
+    share_knowledge(*thread.block, thread.id / size * size, size);
   });
 }
 
@@ -310,6 +324,7 @@ int grid_x() { return machine.launch->grid_x; }
 int cluster_rank() { return machine.current->block->rank; }
 int cluster_size() { return machine.launch->cluster; }
 uint8_t* shared_memory() { return machine.current->block->shared; }
+void trap() { fail("trap"); }
 void wait_for_previous_kernel() { machine.current->waited = machine.current->block->waited = true; }
 
 }  // namespace emu

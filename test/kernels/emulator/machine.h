@@ -33,10 +33,24 @@ void copy_async(void* shared, const void* global, int bytes);        // cp.async
 void commit_copies();                                                // cp.async.commit_group
 void wait_for_copies(int pending);                                   // cp.async.wait_group
 void wait_for_previous_kernel();
+void trap();
 
 float shuffle(float value, int lane, Place place);               // ds_bpermute, shfl.sync.idx
 void ldmatrix_x4(uint32_t* r, const void* row, Place place);     // ldmatrix.m8n8.x4.b16
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, Place place);            // bf16, warp of 32
 void mfma_f32_16x16x16_bf16(float* d, const uint32_t* a, const uint32_t* b, Place place);  // wave of 64
+
+
+// Hopper's copy engine and products of four warps, as vendor.h describes them.
+uint32_t shared_address(const void* p);
+void arrivals_init(void* at, int count);                          // mbarrier.init
+void arrivals_ready();                                            // fence.mbarrier_init
+void arrive(void* at, int bytes);                                 // mbarrier.arrive, .expect_tx
+void wait_for_arrivals(void* at, int parity, Place place);        // mbarrier.try_wait.parity
+void copy_tile(void* shared, const uint64_t* map, int row, int column, void* done);  // cp.async.bulk.tensor, swizzle 128B
+void group_begin(Place place);                                    // wgmma.fence
+void multiply_tiles(float* sums, int columns, const void* a, const void* b, int step, Place place);  // wgmma.mma_async
+void group_commit(Place place);                                   // wgmma.commit_group
+void group_wait(int pending, float* sums, Place place);           // wgmma.wait_group
 
 }  // namespace emu

@@ -69,6 +69,8 @@ void note_read(Thread& thread, GlobalCell& cell) {
   cell.read_barrier = barrier;
 }
 
+}  // namespace
+
 void check_global(Thread& thread, const uint8_t* p, int bytes, Access access) {
   Array& array = find(p, bytes, access);
   if (array.region.dependent && !thread.waited)
@@ -97,6 +99,8 @@ void check_global(Thread& thread, const uint8_t* p, int bytes, Access access) {
 
 // ---- shared memory -------------------------------------------------------------------------------------------------
 
+namespace {
+
 int warp_number(const Thread& thread) { return thread.id / machine.launch->warp; }
 uint16_t warp_barriers(const Thread& thread) {
   return static_cast<uint16_t>(thread.block->warps[warp_number(thread)].barriers);
@@ -124,10 +128,15 @@ void note_read(const Thread& thread, SharedCell& cell) {
 void check_cell(Thread& thread, SharedCell& cell, const uint8_t* p, Access access) {
   if (cell.in_flight)
     fail("%s %s while a copy that thread %d started is on its way", verb(access), describe(p), cell.in_flight - 1);
+  if (cell.counts) fail("%s %s, which counts arrivals", verb(access), describe(p));
+  if (cell.tile && thread.known.phases[cell.tile - 1] < cell.tile_phase)
+    fail("race: %s %s, whose copy this thread has not waited for", verb(access), describe(p));
+  if (access == kWrite && cell.run > thread.known.runs)
+    fail("race: writes %s, which a product that this thread has not waited for reads", describe(p));
   if (access == kRead && !cell.write_barrier) fail("reads %s, which nobody has written", describe(p));
   if (cell.remote_write == machine.cluster_barriers)
     fail("race: %s %s, which another block writes with no cluster barrier between", verb(access), describe(p));
-  if (!is_behind(thread, cell.writer, cell.write_barrier, cell.write_warp_barrier))
+  if (!cell.tile && !is_behind(thread, cell.writer, cell.write_barrier, cell.write_warp_barrier))
     fail("race: %s %s, which thread %d writes with no barrier between", verb(access), describe(p), cell.writer - 1);
   if (access == kRead) return note_read(thread, cell);
   if (!is_behind(thread, cell.reader, cell.read_barrier, cell.read_warp_barrier))
@@ -139,6 +148,7 @@ void check_cell(Thread& thread, SharedCell& cell, const uint8_t* p, Access acces
   cell.write_barrier = static_cast<uint16_t>(thread.block->barriers);
   cell.write_warp_barrier = warp_barriers(thread);
   cell.write_cluster_barrier = static_cast<uint16_t>(machine.cluster_barriers);
+  cell.tile = cell.run = 0;
 }
 
 SharedCell* cells_of(Block& block, const void* p) {
@@ -205,6 +215,8 @@ void prepare_memory(const Launch& launch) {
 void prepare_block(Block& block) {
   std::memset(block.shared - 128, 0xff, machine.launch->shared_bytes + 128);  // NaN in every format
   block.cells.assign(machine.launch->shared_bytes / 2 + 1, SharedCell{});
+  block.arrivals.clear();
+  block.group = {};
 }
 
 void check_shared(Thread& thread, const void* p, int bytes, int alignment, Access access) {
@@ -251,6 +263,42 @@ void wait_for_copies(int pending) {
   while (done < thread.copies.size() && thread.copies[done].group < thread.group - pending)
     finish(thread, thread.copies[done++]);
   thread.copies.erase(thread.copies.begin(), thread.copies.begin() + static_cast<ptrdiff_t>(done));
+}
+
+// ---- tiles and products --------------------------------------------------------------------------------------------
+
+void start_counter(Block& block, const void* at) {
+  for (int i = 0; i < 4; ++i) cells_of(block, at)[i].counts = true;
+}
+void check_counter(Thread& thread, const void* at) {
+  const SharedCell& cell = *cells_of(*thread.block, at);
+  if (!is_behind(thread, cell.writer, cell.write_barrier, cell.write_warp_barrier))
+    fail("race: uses arrivals at %s, which thread %d makes with no barrier between", describe(at), cell.writer - 1);
+}
+void send_to_cells(Thread& thread, const void* to, int bytes) {
+  for (int i = 0; i < bytes / 2; ++i) cells_of(*thread.block, to)[i].in_flight = static_cast<uint16_t>(thread.id + 1);
+}
+void arrive_in_cells(Block& block, const void* to, uint16_t arrivals, uint16_t phase) {
+  for (int i = 0; i < 8; ++i) {
+    SharedCell& cell = cells_of(block, to)[i];
+    cell.in_flight = 0;
+    cell.tile = static_cast<uint16_t>(arrivals + 1);
+    cell.tile_phase = phase;
+  }
+}
+void multiply_cells(Block& block, int warp, const void* from, uint16_t run) {
+  const Thread* const lanes = block.threads + warp * machine.launch->warp;
+  const uint8_t* const byte = static_cast<const uint8_t*>(from);
+  for (int i = 0; i < 8; ++i) {
+    SharedCell& cell = cells_of(block, from)[i];
+    if (cell.in_flight) fail("multiplies %s while a copy is on its way", describe(byte + 2 * i));
+    if (!cell.tile) fail("multiplies %s, which no copy has brought", describe(byte + 2 * i));
+    if (i && cell.tile == (&cell)[-1].tile && cell.tile_phase == (&cell)[-1].tile_phase) continue;
+    for (int lane = 0; lane < machine.launch->warp; ++lane)
+      if (lanes[lane].known.phases[cell.tile - 1] < cell.tile_phase)
+        fail("race: multiplies %s, whose copy thread %d has not waited for", describe(byte + 2 * i), lanes[lane].id);
+  }
+  for (int i = 0; i < 8; ++i) cells_of(block, from)[i].run = run;
 }
 
 // ---- clusters ------------------------------------------------------------------------------------------------------
@@ -308,6 +356,7 @@ void write_cluster(void* shared, int rank, const void* value, int bytes) {
       fail("race: writes %s, which somebody else uses with no cluster barrier between", describe(place));
     cell.remote_write = now;
     cell.writer = 0;
+    cell.tile = cell.run = 0;
     cell.write_barrier = static_cast<uint16_t>(block.barriers);
     cell.write_cluster_barrier = now;
   }
@@ -315,6 +364,7 @@ void write_cluster(void* shared, int rank, const void* value, int bytes) {
 }
 
 void check_leaving(const Block& block) {
+  check_leaving_copies(block);
   if (!block.waited) fail("leaves without wait_for_previous_kernel: the kernel after this one would not wait either");
   if (block.remote_reads_at == machine.cluster_barriers)
     fail("leaves while another block may still use its shared memory");

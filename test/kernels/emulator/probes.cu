@@ -1,6 +1,7 @@
 // Small kernels for test_emulator.py, most of them with one mistake. `y` of the arguments is an array of 64 words that
 // may be written, `u` one of 64 words that the kernel before has written, `slabs` one of 64 words that nobody writes.
 #include "sgl_kernel/lora.h"
+#include "sgl_kernel/swizzle.h"
 
 namespace sgl {
 
@@ -267,3 +268,131 @@ PROBE(writes_what_its_neighbour_writes) { write_neighbour<true, true, true>(args
 PROBE(reads_its_neighbour) { read_neighbour<true, true>(args); }
 PROBE(reads_its_neighbour_too_early) { read_neighbour<false, true>(args); }
 PROBE(leaves_too_early) { read_neighbour<true, false>(args); }
+
+// ---- warpgroups ----------------------------------------------------------------------------------------------------
+// By 160 threads: x is a matrix that the kernel before has written, weight one that nobody writes, y one of floats.
+
+#if SGL_WARPGROUPS
+enum class Slip {
+  kNone, kNotReady, kNoBarrier, kArrivalsTwice, kStoresArrivals, kMisaligned, kOutside, kTooEarly, kFewBytes, kManyBytes, kArrivesTwice,
+  kNeverArrives, kTileOnItsWay, kNoWait, kOneWaits, kWrongParity, kStoresTile, kCopiesOverTile, kNoBegin, kOtherTiles, kThreeWarps,
+  kUsesSums, kNoGroupWait, kMultipliesStores, kMapOfItsOwn
+};
+
+// y[64 x N] = x weight^T over the first 64 columns.
+template <Slip kSlip, int N = 64>
+SGL_DEVICE void multiply_once(const GroupGemmArgs& args) {
+  const int thread = thread_id();
+  if (kSlip != Slip::kTooEarly) wait_for_previous_kernel();
+  uint8_t* a = align_shared(shared_memory(), 1024);
+  uint8_t* const b = a + 8192;
+  Arrivals* const filled = reinterpret_cast<Arrivals*>(b + N * 128);
+  if (kSlip == Slip::kMisaligned) a += 512;
+  if (kSlip == Slip::kOutside) a += 8192 + N * 128;
+  if (thread == 0) {
+    arrivals_init(filled, 1);
+    if (kSlip == Slip::kArrivalsTwice) arrivals_init(filled, 1);
+    if (kSlip == Slip::kStoresArrivals) filled->state = 1;
+    if (kSlip != Slip::kNotReady) arrivals_ready();
+  }
+  if (kSlip == Slip::kMultipliesStores)
+    for (int i = thread; i < 512; i += 160) store_vec(a + 16 * i, Vec8{});
+  if (kSlip != Slip::kNoBarrier) barrier();
+  if (thread == kWarpgroup) {
+    const int bytes = (kSlip == Slip::kMultipliesStores ? 0 : 8192) + N * 128;
+    if (kSlip != Slip::kNeverArrives)
+      arrive_expecting(filled, kSlip == Slip::kFewBytes ? bytes - 16 : kSlip == Slip::kManyBytes ? bytes + 16 : bytes);
+    if (kSlip == Slip::kArrivesTwice) arrive(filled);
+    const TensorMap own = args.x;
+    if (kSlip != Slip::kMultipliesStores)
+      copy_tile(a, kSlip == Slip::kMapOfItsOwn ? own : args.x, 0, 0, filled, Reuse::kSoon);
+    copy_tile(b, args.weight, 0, 0, filled, Reuse::kNone);
+  }
+  if (kSlip == Slip::kTooEarly) wait_for_previous_kernel();
+  if (thread >= kWarpgroup || kSlip == Slip::kTileOnItsWay) return;
+  if (kSlip == Slip::kOneWaits ? thread == 0 : kSlip != Slip::kNoWait) wait_for_arrivals(filled, kSlip == Slip::kWrongParity);
+  GroupSums<N> sums = {};
+  if (kSlip == Slip::kStoresTile && thread == 0) a[0] = 0;
+  if (kSlip != Slip::kNoBegin) group_begin();
+  for (int i = 0; i < 4; ++i)
+    if (kSlip != Slip::kThreeWarps || warp_id() < 3)
+      multiply_tiles(sums, a, b, kSlip == Slip::kOtherTiles && warp_id() == 2 ? 3 - i : i);
+  if (kSlip != Slip::kThreeWarps || warp_id() < 3) group_commit();
+  if (kSlip == Slip::kCopiesOverTile && thread == 0) {
+    arrive_expecting(filled, 8192);
+    copy_tile(a, args.x, 0, 0, filled, Reuse::kSoon);
+  }
+  if (kSlip == Slip::kUsesSums) sums.v[0] = 1.f;
+  if (kSlip != Slip::kNoGroupWait) group_wait<0>(sums);
+  for (int i = 0; i < N / 2; ++i)
+    reinterpret_cast<float*>(args.y)[sums.row(i / 2) * N + sums.column(i / 2) + i % 2] = sums.v[i];
+}
+
+#define GROUP_PROBE(name, ...) \
+  SGL_KERNEL(160) name(SGL_ARGS(GroupGemmArgs) args) { multiply_once<__VA_ARGS__>(args); }
+
+GROUP_PROBE(group_multiplies, Slip::kNone)
+GROUP_PROBE(group_multiplies_96, Slip::kNone, 96)
+GROUP_PROBE(group_multiplies_128, Slip::kNone, 128)
+GROUP_PROBE(group_not_ready, Slip::kNotReady)
+GROUP_PROBE(group_no_barrier, Slip::kNoBarrier)
+GROUP_PROBE(group_arrivals_twice, Slip::kArrivalsTwice)
+GROUP_PROBE(group_stores_arrivals, Slip::kStoresArrivals)
+GROUP_PROBE(group_misaligned, Slip::kMisaligned)
+GROUP_PROBE(group_outside, Slip::kOutside)
+GROUP_PROBE(group_too_early, Slip::kTooEarly)
+GROUP_PROBE(group_few_bytes, Slip::kFewBytes)
+GROUP_PROBE(group_many_bytes, Slip::kManyBytes)
+GROUP_PROBE(group_arrives_twice, Slip::kArrivesTwice)
+GROUP_PROBE(group_never_arrives, Slip::kNeverArrives)
+GROUP_PROBE(group_tile_on_its_way, Slip::kTileOnItsWay)
+GROUP_PROBE(group_no_wait, Slip::kNoWait)
+GROUP_PROBE(group_one_waits, Slip::kOneWaits)
+GROUP_PROBE(group_wrong_parity, Slip::kWrongParity)
+GROUP_PROBE(group_stores_tile, Slip::kStoresTile)
+GROUP_PROBE(group_copies_over_tile, Slip::kCopiesOverTile)
+GROUP_PROBE(group_no_begin, Slip::kNoBegin)
+GROUP_PROBE(group_other_tiles, Slip::kOtherTiles)
+GROUP_PROBE(group_three_warps, Slip::kThreeWarps)
+GROUP_PROBE(group_uses_sums, Slip::kUsesSums)
+GROUP_PROBE(group_no_group_wait, Slip::kNoGroupWait)
+GROUP_PROBE(group_multiplies_stores, Slip::kMultipliesStores)
+GROUP_PROBE(group_map_of_its_own, Slip::kMapOfItsOwn)
+
+// y gets the 64 x 64 elements of the tile of x from row in_features and column out_features on.
+SGL_KERNEL(160) group_copies(SGL_ARGS(GroupGemmArgs) args) {
+  wait_for_previous_kernel();
+  uint8_t* const tile = align_shared(shared_memory(), 1024);
+  Arrivals* const filled = reinterpret_cast<Arrivals*>(tile + 8192);
+  if (thread_id() == 0) {
+    arrivals_init(filled, 1);
+    arrivals_ready();
+    arrive_expecting(filled, 8192);
+    copy_tile(tile, args.x, args.in_features, args.out_features, filled, Reuse::kSoon);
+    wait_for_arrivals(filled, 0);
+  }
+  barrier();
+  for (int i = thread_id(); i < 64 * 8; i += 160) store_vec(args.y + i * 8, load_vec(tile + swizzle(i / 8, i % 8)));
+}
+
+// Two threads wait for each other, three times.
+template <bool kOnceMore>
+SGL_DEVICE void wait_for_each_other(const GroupGemmArgs& args) {
+  wait_for_previous_kernel();
+  Arrivals* const both = reinterpret_cast<Arrivals*>(words());
+  if (thread_id() == 0) {
+    arrivals_init(both, 2);
+    arrivals_ready();
+  }
+  barrier();
+  if (thread_id() != 0 && thread_id() != 64) return;
+  for (int turn = 0; turn < 3; ++turn) {
+    arrive(both);
+    wait_for_arrivals(both, turn % 2);
+  }
+  if (kOnceMore) wait_for_arrivals(both, 1);
+  if (thread_id() == 0) args.y[0] = 3;
+}
+SGL_KERNEL(160) group_arrives(SGL_ARGS(GroupGemmArgs) args) { wait_for_each_other<false>(args); }
+SGL_KERNEL(160) group_waits_once_more(SGL_ARGS(GroupGemmArgs) args) { wait_for_each_other<true>(args); }
+#endif

@@ -27,7 +27,11 @@ class Tiling:
 
 
 def tiling(gpu: Gpu, kernel: str) -> Tiling:
-    """Of e.g. ``skinny_gemm_8`` or ``lora_shrink_64x64``."""
+    """Of e.g. ``skinny_gemm_8``, ``lora_shrink_64x64`` or ``skinny_gemm_group_96``."""
+    if "_group_" in kernel:
+        group_rows = int(kernel.rsplit("_", 1)[1])
+        shared = gpu.geometry("group_shared_bytes", group_rows)
+        return Tiling(gpu.geometry("kGroupTokens"), group_rows, gpu.geometry("kGroupThreads"), shared, False)
     tokens, *rows = map(int, kernel.rsplit("_", 1)[1].split("x"))
     if not rows:
         shared = gpu.geometry("stream_shared_bytes", gpu.warp, tokens)
