@@ -357,6 +357,9 @@ def check_gemm(ops: ModuleType, lora: Lora, out_features: int) -> Tensor:
     out, u = agree(ops, product, [blank, u])
     wide, weights = x.double().cpu(), weight.double().cpu()
     assert_close(out, wide @ weights.t(), wide.abs() @ weights.t().abs(), "product")
+    alone = lora.rows_of(out_features)  # which may be another kernel
+    ops.skinny_gemm(x, weight, alone)
+    assert_close(alone, wide @ weights.t(), wide.abs() @ weights.t().abs(), "product without adapters")
     exact, magnitude = lora.shrunk(x)
     covered = lora.covered()
     assert_close(torch.where(covered, u.cpu(), 0.0), exact, magnitude, "u")

@@ -193,6 +193,13 @@ def test_a_gpu_takes_bfloat16_slabs_alone(make_case, dtype):
         _checks.check_delta(x, case.delta(torch.zeros(1, 8)), 1, 8)
 
 
+def test_a_gpu_writes_eight_columns_or_sixteen():
+    _checks.check_outputs(SimpleNamespace(is_cuda=True), 24)
+    _checks.check_outputs(torch.zeros(1), 3)
+    with pytest.raises(ValueError, match="weight has 12 rows; on a GPU they must be a multiple of 8"):
+        _checks.check_outputs(SimpleNamespace(is_cuda=True), 12)
+
+
 def test_a_batch_can_be_rewritten_in_place():
     shape = BatchShape(4, 2, 16)
     host = pinned_words(shape)

@@ -37,6 +37,8 @@ MATRIX = {
     "gfx950": r"\bv_mfma_f32_16x16x(16|32)_bf16\b",
 }
 """A product of matrices of bf16."""
+WARPGROUP = {r"\bHGMMA\.64x{rows}x16\.F32\.BF16\b": 4, r"\bUTMALDG\.2D\b": 2}
+"""What a kernel of warpgroups has on Hopper, at least so often: products out of shared memory, copies of tiles."""
 
 _TERMS = ("16x16", "16x64", "64x16", "64x64")
 """Kernels that add a low-rank term: token rows of a tile, and ranks in registers."""
@@ -46,12 +48,15 @@ KERNELS = {
     "activation": {"silu_and_mul", *(f"silu_and_mul_{term}" for term in _TERMS)},
     "expand": {"lora_expand_add_16", "lora_expand_add_64"},
     "gemm": {
-        *(f"skinny_gemm_{shape}" for shape in ("8", "16", "32x64", "64x64", "64x96", "64x128")),
+        *(f"skinny_gemm_{shape}" for shape in ("8", "16", "32x64", "64x64")),
         *(f"lora_shrink_{shape}" for shape in ("16", "64x64")),
     },
     "norm": {"fused_add_rmsnorm", *(f"fused_add_rmsnorm_{term}" for term in _TERMS)},
     "rope": {f"qk_norm_rope_{dim}{term}" for dim in (64, 128, 256) for term in ("", *(f"x{term}" for term in _TERMS))},
 }
+
+GROUPS = {f"skinny_gemm_group_{rows}" for rows in (64, 96, 128)}
+"""Kernels of Hopper's. Other GPUs of its vendor have them in name, and stop if one is called."""
 
 # ---- the code objects of the build -----------------------------------------------------------------------------------
 
@@ -111,7 +116,7 @@ def _check_kernels(source: str, found: dict[str, dict], warp: int) -> None:
     """Names, the size of the argument struct as g++ sees it, no memory of a thread's own."""
     geometry = Geometry(warp)
     for kernels in found.values():
-        assert set(kernels) == KERNELS[source]
+        assert set(kernels) == KERNELS[source] | (GROUPS if (source, warp) == ("gemm", 32) else set())
         for name, kernel in kernels.items():
             assert kernel.args == geometry.size(struct_of(name)), name
             assert kernel.scratch == 0 and kernel.threads <= 1024 and kernel.threads % warp == 0, name
@@ -120,7 +125,13 @@ def _check_kernels(source: str, found: dict[str, dict], warp: int) -> None:
 def _check_products(arch: str, functions: dict[str, str]) -> None:
     pattern = next(pattern for prefix, pattern in MATRIX.items() if arch.startswith(prefix))
     for name, text in functions.items():
-        assert bool(re.search(pattern, text)) == (name not in PLAIN), f"{name} on {arch}"
+        assert bool(re.search(pattern, text)) == (name not in PLAIN | GROUPS), f"{name} on {arch}"
+        if name in GROUPS and arch == "sm_90a":
+            rows = name.rsplit("_", 1)[1]
+            for instruction, least in WARPGROUP.items():
+                assert len(re.findall(instruction.replace("{rows}", rows), text)) >= least, name
+        elif name in GROUPS:
+            assert "BPT.TRAP" in text and len(text.split(";")) < 50, f"{name} on {arch}"
 
 
 @pytest.mark.slow

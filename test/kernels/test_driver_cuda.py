@@ -94,6 +94,58 @@ def test_splits_can_be_given(shared_machine: Machine, geometry: Geometry) -> Non
     check_launch(shared_machine, call, shared_machine.launch(call.function, *call.args))
 
 
+@pytest.mark.parametrize(("outputs", "inputs", "splits"), [(2048, 6144, 3), (1024, 4096, 4), (12288, 2048, 1)])
+def test_parts_of_a_sum_by_warpgroups(
+    shared_machine: Machine, geometry: Geometry, outputs: int, inputs: int, splits: int
+) -> None:
+    """The same for every number of rows, and with a few rows behind the weight."""
+    for tokens, behind in ((17, 0), (32, 0), (33, 16), (64, 192)):
+        call = skinny_gemm(shared_machine.tensors(), geometry, tokens, outputs + behind, inputs=inputs)
+        launch = shared_machine.launch(call.function, *call.args)
+        check_launch(shared_machine, call, launch)
+        assert launch["cluster"] == splits
+
+
+@pytest.mark.parametrize(("given", "used"), [(1, 1), (3, 3), (4, 4), (8, 4)])
+def test_splits_of_warpgroups_can_be_given(shared_machine: Machine, geometry: Geometry, given: int, used: int) -> None:
+    call = skinny_gemm(shared_machine.tensors(), geometry, 40, 2048, inputs=6144)
+    call.args[-2], call.cluster = given, used
+    check_launch(shared_machine, call, shared_machine.launch(call.function, *call.args))
+
+
+@pytest.mark.parametrize("matrix", [0, 1])
+def test_rows_that_overlap_are_no_work_for_warpgroups(shared_machine: Machine, geometry: Geometry, matrix: int) -> None:
+    """Those of an expanded tensor: no copy engine is said to take them."""
+    call = skinny_gemm(shared_machine.tensors(), geometry, 40, 64, warpgroups=False)
+    call.args[matrix]["strides"] = [0, 1]
+    call.fields[("x_stride", "weight_stride")[matrix]] = 0
+    check_launch(shared_machine, call, shared_machine.launch(call.function, *call.args))
+
+
+@pytest.mark.parametrize("capability", [8, 9, 10, 12])
+@pytest.mark.parametrize("tokens", [16, 17, 32, 33, 64])
+def test_warpgroups_are_hoppers(machine: Machine, geometry: Geometry, capability: int, tokens: int) -> None:
+    machine.mock("machine", 2, 100, capability)
+    for adapters in (False, True):
+        call = skinny_gemm(
+            machine.tensors(), geometry, tokens, 512, adapters=adapters, warpgroups=capability == 9, overlap=True
+        )
+        launch = machine.launch(call.function, *call.args)
+        assert ("group" in launch["kernel"]) == (capability == 9 and tokens > 16 and not adapters)
+        check_launch(machine, call, launch, most_cluster=1 if capability == 8 else 8)
+
+
+def test_maps_are_made_in_their_tensors_context(machine: Machine, geometry: Geometry) -> None:
+    for current in (0, -1):
+        machine.mock("make_current", current)
+        call = skinny_gemm(machine.tensors(1), geometry, 40, 512)
+        machine.log()
+        machine.call(call.function, *call.args)
+        made = [entry for entry in machine.log() if entry["call"] == "map"]
+        assert [(entry["address"], entry["device"]) for entry in made] == [(t["address"], 1) for t in call.args[:2]]
+        assert (machine.mock("current"), machine.mock("depth")) == (current, 0 if current < 0 else 1)
+
+
 def test_no_more_blocks_than_run_at_once(shared_machine: Machine, geometry: Geometry) -> None:
     call = skinny_gemm(shared_machine.tensors(), geometry, 1, 100_000)
     assert shared_machine.launch(call.function, *call.args)["grid"] == [200, 1, 1]
@@ -117,7 +169,7 @@ def test_preload_leaves_nothing_to_load(machine: Machine, geometry: Geometry, ke
         call = case(machine.tensors(), geometry)
         machine.call(call.function, *call.args)
     log = machine.log()
-    assert {entry["call"] for entry in log} == {"kernel", "shared", "launch"}
+    assert {entry["call"] for entry in log} == {"kernel", "shared", "map", "launch"}
     assert all(entry["loaded"] for entry in log if entry["call"] == "launch")
 
 
@@ -214,10 +266,11 @@ FAILURES = [
         "cuLibraryGetKernel",
         500,
         0,
-        r"cuLibraryGetKernel of skinny_gemm_64x\d+: named symbol not found \(.* 500\)",
+        r"cuLibraryGetKernel of skinny_gemm_group_\d+: named symbol not found \(.* 500\)",
     ),
-    ("cuKernelSetAttribute", 1, 0, r"cuKernelSetAttribute of skinny_gemm_64x\d+: unknown error \(CUDA error 1\)"),
-    ("cuLaunchKernelEx", 2, 0, r"launch of skinny_gemm_64x\d+: out of memory \(CUDA error 2\)"),
+    ("cuKernelSetAttribute", 1, 0, r"cuKernelSetAttribute of skinny_gemm_group_\d+: unknown error \(CUDA error 1\)"),
+    ("cuLaunchKernelEx", 2, 0, r"launch of skinny_gemm_group_\d+: out of memory \(CUDA error 2\)"),
+    ("cuTensorMapEncodeTiled", 1, 1, r"cuTensorMapEncodeTiled: unknown error \(CUDA error 1\)"),
 ]
 
 
@@ -241,10 +294,11 @@ def test_no_such_gpu(machine: Machine, geometry: Geometry) -> None:
         machine.call(call.function, *call.args)
 
 
-def test_an_old_driver(cuda: Build) -> None:
-    old = mock_library("cuda", cuda.cached("SGL_KERNEL_CUDA_INCLUDE"), without=("cuLibraryEnumerateKernels",))
+@pytest.mark.parametrize("missing", ["cuLibraryEnumerateKernels", "cuTensorMapEncodeTiled"])
+def test_an_old_driver(cuda: Build, missing: str) -> None:
+    old = mock_library("cuda", cuda.cached("SGL_KERNEL_CUDA_INCLUDE"), without=(missing,))
     with Machine(cuda, None, folder=old.parent) as machine:
-        text = r"libcuda\.so\.1 lacks cuLibraryEnumerateKernels: sgl-kernel needs a driver of CUDA 12\.4 or newer"
+        text = rf"libcuda\.so\.1 lacks {missing}: sgl-kernel needs a driver of CUDA 12\.4 or newer"
         for _ in range(2):
             with pytest.raises(DriverError, match=f"RuntimeError: {text}"):
                 machine.call("preload", 0)

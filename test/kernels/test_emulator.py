@@ -225,7 +225,7 @@ def test_a_product_of_eight_columns_depends_on_no_other(vendor: str) -> None:
 def probe_group(
     kernel: str, rows: int = 64, seed: int = 0, place: tuple[int, int] = (0, 0)
 ) -> tuple[Bits, Bits, NDArray[np.uint16]]:
-    """Run a kernel of 160 threads on x [70, 100] and a weight of `rows` rows, of both of which it sees rows of 80 columns.
+    """Run a kernel of 160 threads on x [70, 104] and a weight of so many rows; it sees 80 columns of both.
 
     Returns:
         x, weight and y, at first NaN; y's type is the kernel's business.

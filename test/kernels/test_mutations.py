@@ -31,12 +31,12 @@ from kernels.test_emulated_fused import (
     run_norm,
     run_rope,
 )
-from kernels.test_emulated_gemm import Product, assert_product, assert_u
+from kernels.test_emulated_gemm import GROUPS, GroupProduct, Product, assert_product, assert_u
 from kernels.test_emulated_shrink import assert_shrunk, shrink
 from numpy.typing import NDArray
 
-HEADERS = ("stream_gemm", "tile_gemm", "expand", "lora")
-STREAM_GEMM, TILE_GEMM, STRIP, LORA = (f"include/sgl_kernel/{name}.h" for name in HEADERS)
+HEADERS = ("stream_gemm", "tile_gemm", "group_gemm", "geometry", "expand", "lora")
+STREAM_GEMM, TILE_GEMM, GROUP_GEMM, GEOMETRY, STRIP, LORA = (f"include/sgl_kernel/{name}.h" for name in HEADERS)
 GEMM, EXPAND, NORM, ACTIVATION, ROPE, ROWS = (
     f"csrc/kernels/{name}.h" for name in ("gemm", "expand", "norm", "activation", "rope", "rows")
 )
@@ -49,6 +49,8 @@ RACE = "race|which nobody has written"
 OUTSIDE, EARLY, STUCK = r"bytes at", "before wait_for_previous_kernel", "deadlock|divergence"
 NEVER = "leaves without wait_for_previous_kernel"
 ON_ITS_WAY = "on its way"
+NOT_THERE = "multiplies .* while a copy is on its way|which no copy has brought|has not waited for"
+"""A tile, for those who did not wait for it."""
 CUDA, HIP = ("cuda",), ("hip",)
 
 
@@ -783,9 +785,234 @@ ROPE_MUTANTS = {
 }
 
 
+GROUP_MUTANTS = {
+    "does not wait for a tile": Mutant(
+        GROUP_GEMM, "      wait_for_arrivals(filled + step % kStages, step / kStages % 2);\n", "", NOT_THERE
+    ),
+    "one thread waits for a tile": Mutant(
+        GROUP_GEMM,
+        "wait_for_arrivals(filled + step",
+        "if (thread_id() == 0) wait_for_arrivals(filled + step",
+        NOT_THERE,
+    ),
+    "waits for the other phase of a tile": Mutant(
+        GROUP_GEMM,
+        "(filled + step % kStages, step / kStages % 2)",
+        "(filled + step % kStages, (step / kStages + 1) % 2)",
+        NOT_THERE,
+    ),
+    "waits for the next tile": Mutant(
+        GROUP_GEMM,
+        "wait_for_arrivals(filled + step % k",
+        "wait_for_arrivals(filled + (step + 1) % k",
+        f"{NOT_THERE}|{STUCK}",
+    ),
+    "does not wait for a free stage": Mutant(
+        GROUP_GEMM,
+        "      wait_for_arrivals(free + step % kStages, (step / kStages - 1) % 2);\n",
+        "",
+        f"race|{ON_ITS_WAY}|arrives at",
+    ),
+    "waits for the other phase of a free stage": Mutant(
+        GROUP_GEMM, "(step / kStages - 1) % 2)", "step / kStages % 2)", f"race|{ON_ITS_WAY}|arrives at|{STUCK}"
+    ),
+    "frees no stage": Mutant(
+        GROUP_GEMM, "      if (step > 0 && thread_id() == 0) arrive(free + (step - 1) % kStages);\n", "", STUCK
+    ),
+    "frees the stage that is read": Mutant(
+        GROUP_GEMM,
+        "if (step > 0 && thread_id() == 0) arrive(free + (step - 1) % kStages)",
+        "if (thread_id() == 0) arrive(free + step % kStages)",
+        "which a product that this thread has not waited for reads",
+    ),
+    "every warp frees a stage": Mutant(
+        GROUP_GEMM,
+        "step > 0 && thread_id() == 0",
+        "step > 0 && lane_id() == 0",
+        f"race|{STUCK}|{ON_ITS_WAY}|arrives at",
+    ),
+    "does not wait for products": Mutant(
+        GROUP_GEMM, "      group_wait<1>(sums);\n", "", "which a product that this thread has not waited for reads"
+    ),
+    "waits for one product too few": Mutant(
+        GROUP_GEMM, "group_wait<1>", "group_wait<2>", "which a product that this thread has not waited for reads"
+    ),
+    "does not wait for the last product": Mutant(
+        GROUP_GEMM, "    group_wait<0>(sums);\n", "", "leaves while a product"
+    ),
+    "uses sums of all but the last product": Mutant(
+        GROUP_GEMM, "group_wait<0>(sums)", "group_wait<1>(sums)", "leaves while a product"
+    ),
+    "does not begin": Mutant(GROUP_GEMM, "      group_begin();\n", "", "no group_begin"),
+    "does not commit": Mutant(
+        GROUP_GEMM, "      group_commit();\n", "", "which a product that this thread has not waited for reads"
+    ),
+    "no barrier after arrivals are made": Mutant(
+        GROUP_GEMM,
+        "arrivals_ready();\n    }\n    barrier();",
+        "arrivals_ready();\n    }",
+        "race: uses arrivals|no arrivals are",
+    ),
+    "arrivals are not made ready": Mutant(GROUP_GEMM, "      arrivals_ready();\n", "", "before arrivals_ready"),
+    "a tile waits for two threads": Mutant(
+        GROUP_GEMM, "arrivals_init(filled + i, 1)", "arrivals_init(filled + i, 2)", STUCK
+    ),
+    "a free stage waits for a warpgroup": Mutant(
+        GROUP_GEMM, "arrivals_init(free + i, 1)", "arrivals_init(free + i, kWarpgroup)", STUCK
+    ),
+    "one place for both arrivals": Mutant(
+        GROUP_GEMM, "filled, filled + kStages, block_x()", "filled, filled, block_x()", "which counts arrivals"
+    ),
+    "expects the weights alone": Mutant(
+        GROUP_GEMM,
+        "arrive_expecting(done, kStageBytes)",
+        "arrive_expecting(done, kStageBytes - kTokenBytes)",
+        "are brought to|" + NOT_THERE,
+    ),
+    "expects a row more": Mutant(
+        GROUP_GEMM, "arrive_expecting(done, kStageBytes)", "arrive_expecting(done, kStageBytes + 128)", STUCK
+    ),
+    "expects every part": Mutant(
+        GROUP_GEMM,
+        "copy_tile(stage(step), args.x,",
+        "arrive_expecting(filled + step % kStages, kTokenBytes), copy_tile(stage(step), args.x,",
+        "arrives at",
+    ),
+    "copies tokens too early": Mutant(
+        GROUP_GEMM,
+        "    wait_for_previous_kernel();\n    for (int step = 0; step < early",
+        "    for (int step = 0; step < early",
+        EARLY,
+    ),
+    "copies tokens with the weights": Mutant(
+        GROUP_GEMM, "++step) copy_weights(step);\n", "++step) copy_weights(step), copy_tokens(step);\n", EARLY
+    ),
+    "stores before the previous kernel has ended": Mutant(
+        GROUP_GEMM, "    wait_for_previous_kernel();  // which may read what y was\n", "", EARLY
+    ),
+    "fills the ring beyond its end": Mutant(
+        GROUP_GEMM,
+        "steps < kStages ? steps : kStages;",
+        "steps < kStages + 1 ? steps : kStages + 1;",
+        f"race|{ON_ITS_WAY}|arrives at",
+    ),
+    "copies a step too few": Mutant(
+        GROUP_GEMM, "int step = kStages; step < steps", "int step = kStages; step < steps - 1", STUCK
+    ),
+    "copies a step too many": Mutant(
+        GROUP_GEMM,
+        "int step = kStages; step < steps",
+        "int step = kStages; step <= steps",
+        f"{STUCK}|leaves while a tile",
+    ),
+    "copies what the first turn had": Mutant(
+        GROUP_GEMM, "args.x, 0, k.begin + step * 64", "args.x, 0, k.begin + step % kStages * 64", NUMBERS
+    ),
+    "multiplies a step too few": Mutant(
+        GROUP_GEMM,
+        "step < steps; ++step) {\n      wait_for_arrivals(filled",
+        "step < steps - 1; ++step) {\n      wait_for_arrivals(filled",
+        f"leaves while a tile|{STUCK}",
+    ),
+    "loses columns of a step": Mutant(GROUP_GEMM, "int i = 0; i < 4", "int i = 0; i < 3", NUMBERS),
+    "multiplies the same columns": Mutant(
+        GROUP_GEMM, "stage(step) + kTokenBytes, i)", "stage(step) + kTokenBytes, 0)", NUMBERS
+    ),
+    "takes weights for tokens": Mutant(
+        GROUP_GEMM,
+        "(sums, stage(step), stage(step) + kTokenBytes, i)",
+        "(sums, stage(step) + kTokenBytes, stage(step), i)",
+        f"{NUMBERS}|{NOT_THERE}",
+    ),
+    "sums begin with something": Mutant(GROUP_GEMM, "sums.v[i] = 0.f", "sums.v[i] = 1.f", NUMBERS),
+    "clears sums on the way": Mutant(
+        GROUP_GEMM,
+        "      group_begin();\n",
+        "      group_begin();\n      if (step == 2) sums.v[0] = 0.f;\n",
+        "race: writes sums",
+    ),
+    "a fifth warp multiplies": Mutant(
+        GROUP_GEMM, "if (thread_id() < kWarpgroup) multiply", "multiply", "multiplies as thread"
+    ),
+    "a warp copies": Mutant(
+        GROUP_GEMM,
+        "if (thread_id() == kWarpgroup) copy",
+        "if (thread_id() >= kWarpgroup) copy",
+        f"arrives at|{ON_ITS_WAY}|are brought to",
+    ),
+    "tiles at a multiple of 128": Mutant(
+        GROUP_GEMM, "align_shared(shared_memory(), 1024)", "align_shared(shared_memory(), 128)", "misaligned: a tile"
+    ),
+    "no room to align": Mutant(GEOMETRY, "return 1024 + kGroupStages * (", "return 0 + kGroupStages * (", OUTSIDE),
+    "rows of the first block": Mutant(GROUP_GEMM, "args.weight, first_row, k", "args.weight, 0, k", NUMBERS),
+    "every block has rows of its own": Mutant(
+        GROUP_GEMM, "block_x() / args.num_splits * kRows", "block_x() * kRows", NUMBERS
+    ),
+    "all of the sum of weights in every block": Mutant(
+        GROUP_GEMM, "first_row, k.begin + step * 64", "first_row, step * 64", NUMBERS
+    ),
+    "all of the sum in every block": Mutant(
+        GROUP_GEMM,
+        "part_of(args.in_features, cluster_rank(), cluster_size())",
+        "part_of(args.in_features, 0, 1)",
+        NUMBERS,
+    ),
+    "stores tokens that are not there": Mutant(
+        GROUP_GEMM, "if (token < args.tokens && n < args", "if (n < args", OUTSIDE
+    ),
+    "stores columns that are not there": Mutant(
+        GROUP_GEMM, "token < args.tokens && n < args.out_features", "token < args.tokens", f"{NUMBERS}|race|{OUTSIDE}"
+    ),
+    "stores columns of parts that are not there": Mutant(
+        GROUP_GEMM, "      if (n >= args.out_features) continue;\n", "", f"{NUMBERS}|race|{OUTSIDE}"
+    ),
+    "adds tokens that are not there": Mutant(
+        GROUP_GEMM, "last = end < args.tokens ? end : args.tokens", "last = end", f"{OUTSIDE}|race"
+    ),
+    "shares leave a token out": Mutant(GROUP_GEMM, "(args.tokens + parts - 1) / parts", "args.tokens / parts", NUMBERS),
+    "every block adds all tokens": Mutant(GROUP_GEMM, "first = cluster_rank() * share", "first = 0", f"race|{NUMBERS}"),
+    "the fifth warp's share is lost": Mutant(
+        GROUP_GEMM, "i < last * kQuads; i += kThreads", "i < last * kQuads; i += kWarpgroup", "race"
+    ),
+    "no barrier before the sums are read": Mutant(
+        GROUP_GEMM, "    cluster_barrier();\n    constexpr int kQuads", "    constexpr int kQuads", RACE
+    ),
+    "a block's barrier before the sums are read": Mutant(
+        GROUP_GEMM, "    cluster_barrier();\n    constexpr int kQuads", "    barrier();\n    constexpr int kQuads", RACE
+    ),
+    "no barrier after the sums are read": Mutant(
+        GROUP_GEMM,
+        "    cluster_barrier();  // nobody leaves while others read its sums\n",
+        "",
+        "leaves while|which has left",
+    ),
+    "adds its own part alone": Mutant(
+        GROUP_GEMM, "cluster_load(place, other)", "cluster_load(place, cluster_rank())", NUMBERS
+    ),
+    "leaves the first part out": Mutant(
+        GROUP_GEMM,
+        "for (int other = 0; other < kGroupSplits; ++other)\n        if (other < parts)\n          SGL",
+        "for (int other = 1; other < kGroupSplits; ++other)\n        if (other < parts)\n          SGL",
+        NUMBERS,
+    ),
+    "reads a part that is not there": Mutant(
+        GROUP_GEMM, "if (other < parts) more", "if (other <= parts) more", "reads block"
+    ),
+    "sums of other rows": Mutant(
+        GROUP_GEMM, "row = i % kQuads * 4, n", "row = i % kQuads, n", f"misaligned|{NUMBERS}|race"
+    ),
+    "stores halves in the other order": Mutant(
+        GROUP_GEMM,
+        "pack_bf16(sums.v[2 * i], sums.v[2 * i + 1])",
+        "pack_bf16(sums.v[2 * i + 1], sums.v[2 * i])",
+        NUMBERS,
+    ),
+}
+
+
 # ---- the runs --------------------------------------------------------------------------------------------------------
 
-MACROS = "STREAM|TILE|EXPAND|NORM|SILU_AND_MUL|ROPE_OF|ROPE"
+MACROS = "STREAM|TILE|GROUP|EXPAND|NORM|SILU_AND_MUL|ROPE_OF|ROPE"
 
 
 @lru_cache
@@ -837,6 +1064,14 @@ def run_tiles(make: Callable[[], Gpu]) -> None:
         gpu = make()
         adapters = Adapters(gpu, k, (8, 8), {0: (3, 70), 1: (17, 1), 2: (72, 72)}, 3)
         assert_shrunk(shrink(gpu, x, adapters, slots, 64, spare_tiles=1), x, adapters, slots)
+
+
+def run_groups(make: Callable[[], Gpu]) -> None:
+    """Rings of less than a turn, of one and a bit, and of several; one part, and some; a ragged edge everywhere."""
+    rng = np.random.default_rng(5)
+    for seed, (tokens, n, k, splits) in enumerate([(37, 200, 1352, 1), (20, 104, 712, 3), (50, 40, 1224, 2)], 1):
+        x, weight = random_bf16(rng, tokens, k), random_bf16(rng, n, k)
+        assert_product(GroupProduct(make(), x, weight, GROUPS[1], splits, seed).run(), x, weight)
 
 
 def run_expand(make: Callable[[], Gpu]) -> None:
@@ -961,6 +1196,7 @@ Run = tuple[Callable[[Callable[[], Gpu]], None], Mapping[str, Mutant], tuple[str
 RUNS: Mapping[str, Run] = {
     "stream": (run_stream, STREAM_MUTANTS, ("STREAM(skinny_gemm, GemmArgs, 8", "STREAM(lora_shrink, ShrinkArgs, 16")),
     "tiles": (run_tiles, TILE_MUTANTS, ("TILE(skinny_gemm, GemmArgs, 32, 64", "TILE(lora_shrink, ShrinkArgs, 64, 64")),
+    "groups": (run_groups, GROUP_MUTANTS, ("GROUP(96",)),
     "expand": (run_expand, EXPAND_MUTANTS, ("EXPAND(64",)),
     "norm": (run_norm_kernels, NORM_MUTANTS, ("NORM(16, 16", "NORM(64, 16")),
     "activation": (
@@ -983,8 +1219,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("kind", RUNS)
-@pytest.mark.parametrize("vendor", VENDORS)
+@pytest.mark.parametrize(
+    ("vendor", "kind"), [(vendor, kind) for vendor in VENDORS for kind in RUNS if (vendor, kind) != ("hip", "groups")]
+)
 def test_kernels_without_a_mistake_pass(vendor: str, kind: str) -> None:
     run, _, kernels = RUNS[kind]
     run(lambda: FrugalGpu(vendor, small_sources(*kernels)))

@@ -34,8 +34,8 @@ const Device& device(int device_id);
 void preload(int device_id);
 
 // What the copy engine of a device with warpgroups has to know of a bf16 matrix [rows, columns] that it brings in tiles of 64 columns.
-// The address and the bytes from row to row are multiples of 16.
-TensorMap tensor_map(int device_id, const void* data, int64_t rows, int64_t columns, int64_t stride, int tile_rows);
+// The address and the bytes from row to row are multiples of 16. Made in place: g++ 12 does not align what a call returns.
+void make_tensor_map(TensorMap& map, int device_id, const void* data, int64_t rows, int64_t columns, int64_t stride, int tile_rows);
 
 // `name` is a string literal: kernels are remembered by its address.
 void launch(const char* name, int device_id, void* stream, const Grid& grid, const void* args, size_t args_size);

@@ -200,10 +200,9 @@ const Device& device(int device_id) {
 
 void preload(int device_id) { device(device_id); }
 
-TensorMap tensor_map(int device_id, const void* data, int64_t rows, int64_t columns, int64_t stride, int tile_rows) {
+void make_tensor_map(TensorMap& map, int device_id, const void* data, int64_t rows, int64_t columns, int64_t stride, int tile_rows) {
   static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) >= alignof(CUtensorMap), "tensor_map.h");
   const UseDevice use(device_id);
-  TensorMap map;
   const cuuint64_t size[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t row_bytes[] = {static_cast<cuuint64_t>(stride) * 2};
   const cuuint32_t tile[] = {64, static_cast<cuuint32_t>(tile_rows)}, step[] = {1, 1};
@@ -211,7 +210,6 @@ TensorMap tensor_map(int device_id, const void* data, int64_t rows, int64_t colu
                                    size, row_bytes, tile, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
         "cuTensorMapEncodeTiled");
-  return map;
 }
 
 void launch(const char* name, int device_id, void* stream, const Grid& grid, const void* args, size_t) {

@@ -15,7 +15,7 @@ namespace {
 
 const Device& device(int) { refuse(); }
 void preload(int) { refuse(); }
-TensorMap tensor_map(int, const void*, int64_t, int64_t, int64_t, int) { refuse(); }
+void make_tensor_map(TensorMap&, int, const void*, int64_t, int64_t, int64_t, int) { refuse(); }
 void launch(const char*, int, void*, const Grid&, const void*, size_t) { refuse(); }
 
 }  // namespace sgl::driver

@@ -143,7 +143,7 @@ const Device& device(int device_id) {
 
 void preload(int device_id) { device(device_id); }
 
-TensorMap tensor_map(int, const void*, int64_t, int64_t, int64_t, int) {
+void make_tensor_map(TensorMap&, int, const void*, int64_t, int64_t, int64_t, int) {
   TVM_FFI_THROW(RuntimeError) << "no AMD GPU has tensor maps";
 }
 

@@ -32,23 +32,24 @@ Tiling gemm_tiling(int tokens) {
 // y = x W^T by warpgroups.
 void group_gemm(const TensorView& x, const TensorView& weight, const TensorView& y, int64_t splits, bool overlap) {
   const Place place(x);
+  const int device_id = place.device_id;
   GroupGemmArgs args{};
   args.tokens = static_cast<int32_t>(x.size(0));
   args.in_features = static_cast<int32_t>(x.size(1));
   args.out_features = static_cast<int32_t>(weight.size(0));
-  const int choice = group_choice(driver::device(place.device_id).multiprocessors, args.out_features, args.in_features);
+  const int choice = group_choice(driver::device(device_id).multiprocessors, args.out_features, args.in_features);
   const int rows = choice / 16;
   args.num_splits = splits > 0 ? smaller(static_cast<int>(splits), kGroupSplits) : choice % 16;
   args.part_columns = ceil_div(ceil_div(args.in_features, 64), args.num_splits) * 64;
   args.share_tokens = ceil_div(args.tokens, args.num_splits);
-  args.x = driver::tensor_map(place.device_id, x.data_ptr(), args.tokens, args.in_features, x.stride(0), kGroupTokens);
-  args.weight = driver::tensor_map(place.device_id, weight.data_ptr(), args.out_features, args.in_features, weight.stride(0), rows);
+  driver::make_tensor_map(args.x, device_id, x.data_ptr(), args.tokens, args.in_features, x.stride(0), kGroupTokens);
+  driver::make_tensor_map(args.weight, device_id, weight.data_ptr(), args.out_features, args.in_features, weight.stride(0), rows);
   args.y = data<uint16_t>(y);
   args.y_stride = y.stride(0);
   const char* name = rows == 128 ? "skinny_gemm_group_128" : rows == 96 ? "skinny_gemm_group_96" : "skinny_gemm_group_64";
   const int blocks = ceil_div(args.out_features, rows) * args.num_splits;
   const driver::Grid grid{blocks, 1, kGroupThreads, group_shared_bytes(rows), args.num_splits, overlap};
-  driver::launch(name, place.device_id, place.stream, grid, &args, sizeof(args));
+  driver::launch(name, device_id, place.stream, grid, &args, sizeof(args));
 }
 
 // y = x W^T; with a site also u = x A^T of the rows of every live slot, by `workers` more clusters.

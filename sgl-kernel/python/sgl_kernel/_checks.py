@@ -57,6 +57,12 @@ def check_out(name: str, tensor: Tensor, like: Tensor, rows: int, columns: int) 
         raise ValueError(f"{name} has shape {list(tensor.shape)}; it must be {[rows, columns]}")
 
 
+def check_outputs(like: Tensor, outputs: int) -> None:
+    """That rows of so many columns are what a GPU's kernels can write: in fours, and as `check_rows` says."""
+    if like.is_cuda and outputs % 8:
+        raise ValueError(f"weight has {outputs} rows; on a GPU they must be a multiple of 8, so pad it")
+
+
 def check_vector(name: str, tensor: Tensor, like: Tensor, length: int) -> None:
     """That it is a dense vector for these activations."""
     check_same(name, tensor, like)

@@ -22,6 +22,7 @@ from sgl_kernel._checks import (
     check_index,
     check_lora,
     check_out,
+    check_outputs,
     check_pools,
     check_rows,
     check_same,
@@ -118,13 +119,14 @@ def skinny_gemm(
 
     Args:
         x: [M, K], M at most 64, K a multiple of 8, any row stride.
-        weight: [N, K] of x's dtype, any row stride.
+        weight: [N, K] of x's dtype, N a multiple of 8 on a GPU, any row stride.
         out: [M, N] of x's dtype, any row stride; None allocates it.
         shrink: slabs, site, batch and u [M, n * rank_cap], which is written as by `lora_shrink`; None for the product
             alone.
 
     Returns:
-        `out`; its row does not depend on the other rows.
+        `out`; its row does not depend on the other rows. Their number and `shrink` choose the kernel, and so the order
+        in which a sum is taken.
 
     Raises:
         TypeError, ValueError: an argument has another dtype, shape, stride, alignment or device.
@@ -138,6 +140,7 @@ def skinny_gemm(
     if inputs != columns:
         raise ValueError(f"x has {columns} columns, weight has {inputs}; they must agree")
     check_same("weight", weight, x)
+    check_outputs(x, outputs)
     if shrink is not None:
         slabs, site, batch, u = shrink
         if columns != site.in_features:

@@ -112,9 +112,19 @@ def _piece(g: Geometry, tile: int) -> int:
 
 
 def skinny_gemm(
-    t: Tensors, g: Geometry, tokens: int, outputs: int, *, adapters: bool = False, overlap: bool = False
+    t: Tensors,
+    g: Geometry,
+    tokens: int,
+    outputs: int,
+    *,
+    inputs: int = 512,
+    adapters: bool = False,
+    overlap: bool = False,
+    warpgroups: bool = True,
 ) -> Call:
-    inputs = 512
+    """On a GPU that has warpgroups, or not."""
+    if tokens > 16 and g.warp == 32 and warpgroups and not adapters:
+        return _group_gemm(t, g, tokens, outputs, inputs, overlap)
     x, weight, y = t(tokens, inputs, pad=8), t(outputs, inputs, pad=16), t(tokens, outputs, pad=24)
     fields = {"x": x, "weight": weight, "y": y, "x_stride": inputs + 8, "weight_stride": inputs + 16}
     fields |= {"y_stride": outputs + 24, "tokens": tokens, "in_features": inputs, "out_features": outputs}
@@ -123,7 +133,7 @@ def skinny_gemm(
         kernel, rows, threads = f"skinny_gemm_{8 if tokens <= 8 else 16}", 16, 256
         shared = g("stream_shared_bytes", g.warp, 8 if tokens <= 8 else 16)
     else:
-        columns, rows = (32, 64) if tokens <= 32 else (64, _choice(g, outputs, inputs) // 16)
+        columns, rows = 32 if tokens <= 32 else 64, 64
         kernel, threads = f"skinny_gemm_{columns}x{rows}", g("gemm_threads", g.warp, rows)
         shared = g("gemm_shared_bytes", g.warp, rows, columns)
     extra: list[Any] = [None, NO_SITE, None, NO_SHAPE, None]
@@ -143,15 +153,23 @@ def skinny_gemm(
         return min(tiles + units, room) if stream else tiles + min(units, room)
 
     # 512 columns make two parts of 256, if there are multiprocessors that would have nothing to do.
+    assert inputs == 512
     cluster = 2 if tiles < 0.9 * MULTIPROCESSORS else 1
-    if tokens > 32:
-        cluster = _choice(g, outputs, inputs) % 16
     args = [x, weight, y, *extra, 0, overlap]
     return Call("skinny_gemm", args, kernel, threads, shared, clusters, 1, fields, cluster)
 
 
-def _choice(g: Geometry, outputs: int, inputs: int) -> int:
-    return g("gemm_choice", MULTIPROCESSORS, 8 if g.warp == 32 else 1, outputs, inputs)
+def _group_gemm(t: Tensors, g: Geometry, tokens: int, outputs: int, inputs: int, overlap: bool) -> Call:
+    x, weight, y = t(tokens, inputs, pad=8), t(outputs, inputs, pad=16), t(tokens, outputs, pad=24)
+    rows, splits = divmod(g("group_choice", MULTIPROCESSORS, outputs, inputs), 16)
+    # Maps of the mock: address, rows, columns, bytes from row to row, rows and columns of a tile.
+    fields = {"x": [x["address"], tokens, inputs, 2 * (inputs + 8), 64, 64]}
+    fields["weight"] = [weight["address"], outputs, inputs, 2 * (inputs + 16), rows, 64]
+    fields |= {"y": y, "y_stride": outputs + 24, "tokens": tokens, "in_features": inputs, "out_features": outputs}
+    args = [x, weight, y, None, NO_SITE, None, NO_SHAPE, None, 0, overlap]
+    # Four warps that multiply and one that copies; eight stages of tiles, 64 columns of bf16 wide.
+    shape = (f"skinny_gemm_group_{rows}", 160, 1024 + 8 * ((rows + 64) * 128 + 16))
+    return Call("skinny_gemm", args, *shape, _blocks(outputs, rows), 1, fields, splits)
 
 
 def lora_shrink(t: Tensors, g: Geometry, tokens: int, tile: int) -> Call:
@@ -274,7 +292,7 @@ Make = Callable[[Tensors, Geometry], Call]
 def _cases() -> Iterator[tuple[str, Make]]:
     for tokens, outputs in ((1, 48), (8, 4096), (9, 200), (16, 32768), (17, 1000), (33, 512), (50, 9600), (64, 12800)):
         yield f"skinny_gemm-{tokens}-{outputs}", partial(skinny_gemm, tokens=tokens, outputs=outputs)
-    for tokens, outputs in ((1, 96), (12, 2048), (64, 2048)):
+    for tokens, outputs in ((1, 96), (12, 2048), (31, 200), (64, 2048)):
         yield f"skinny_gemm-{tokens}-adapters", partial(skinny_gemm, tokens=tokens, outputs=outputs, adapters=True)
     for tokens, tile in ((1, 16), (16, 16), (1000, 64)):
         yield f"lora_shrink-{tokens}", partial(lora_shrink, tokens=tokens, tile=tile)

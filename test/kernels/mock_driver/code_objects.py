@@ -127,7 +127,8 @@ def cuda_kernels(cubin: bytes) -> dict[str, Kernel]:
             values[attribute] = content[at + 4 : at + 4 + word] if kind == 4 else word
             at += 4 + (word if kind == 4 else 0)
         x, y, z = struct.unpack("<III", values[0x05])  # EIATTR_MAX_THREADS
-        found[name[len(".nv.info.") :]] = Kernel(values[0x19], x * y * z, 0)  # EIATTR_CBANK_PARAM_SIZE
+        (size,) = struct.unpack_from("<I", values[0x17], 8)  # EIATTR_KPARAM_INFO, of the one parameter
+        found[name[len(".nv.info.") :]] = Kernel(size >> 18, x * y * z, 0)
     return found
 
 

@@ -139,6 +139,29 @@ EXPORT CUresult cuKernelSetAttribute(CUfunction_attribute which, int value, CUke
   return CUDA_SUCCESS;
 }
 
+// The map's words are what went into it: address, rows, columns, bytes from row to row, rows and columns of a tile.
+EXPORT CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
+                                       const cuuint64_t* size, const cuuint64_t* row_bytes, const cuuint32_t* tile,
+                                       const cuuint32_t* steps, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                                       CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
+  TRY(cuTensorMapEncodeTiled);
+  if (!depth) return CUDA_ERROR_INVALID_CONTEXT;
+  if (major < 9) return CUDA_ERROR_NOT_SUPPORTED;
+  (void)promotion;
+  const uint64_t at = (uint64_t)(uintptr_t)address;
+  if ((uintptr_t)map % 64 || !at || at % 16 || type != CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 || rank != 2 ||
+      interleave != CU_TENSOR_MAP_INTERLEAVE_NONE || swizzle != CU_TENSOR_MAP_SWIZZLE_128B ||
+      fill != CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE || row_bytes[0] % 16 || row_bytes[0] >> 40 || row_bytes[0] < 2 * size[0])
+    return CUDA_ERROR_INVALID_VALUE;
+  for (int i = 0; i < 2; ++i)
+    if (!size[i] || size[i] >> 32 || !tile[i] || tile[i] > 256 || steps[i] != 1) return CUDA_ERROR_INVALID_VALUE;
+  if (tile[0] * 2 > 128) return CUDA_ERROR_INVALID_VALUE;  // a row of the swizzle
+  const cuuint64_t words[16] = {at, size[1], size[0], row_bytes[0], tile[1], tile[0]};
+  LOG("map\", \"address\": %llu, \"device\": %d}\n", (unsigned long long)at, current());
+  memcpy(map, words, sizeof(words));
+  return CUDA_SUCCESS;
+}
+
 EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** parameters, void** extra) {
   TRY(cuLaunchKernelEx);
   if (!depth) return CUDA_ERROR_INVALID_CONTEXT;

@@ -13,6 +13,7 @@ from kernels.emulator.build import Sources, structs
 
 STRUCT_OF = {
     "skinny_gemm": "GemmArgs",
+    "skinny_gemm_group": "GroupGemmArgs",
     "lora_shrink": "ShrinkArgs",
     "lora_expand_add": "ExpandArgs",
     "fused_add_rmsnorm": "NormArgs",
@@ -23,8 +24,7 @@ STRUCT_OF = {
 
 def struct_of(kernel: str) -> str:
     """The arguments of a kernel, by the start of its name."""
-    (found,) = (struct for prefix, struct in STRUCT_OF.items() if kernel.startswith(prefix))
-    return found
+    return STRUCT_OF[max((prefix for prefix in STRUCT_OF if kernel.startswith(prefix)), key=len)]
 
 
 class Geometry:
