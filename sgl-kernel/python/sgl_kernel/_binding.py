@@ -148,7 +148,7 @@ class Native:
         shrink: tuple[LoraSlabs, LoraSite, LoraBatch, Tensor] | None = None,
         splits: int = 0,
     ) -> Tensor:
-        """See reference; `splits` parts of K instead of the chosen number."""
+        """See reference; `splits` parts of K instead of the chosen number, by warpgroups no more than four."""
         extra: tuple[Any, ...]
         if shrink is None:
             extra = (None, _shape(_NO_SITE), None, _shape(_NO_SHAPE), None)
