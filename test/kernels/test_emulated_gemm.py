@@ -111,6 +111,8 @@ class GroupProduct:
             in_features=k,
             out_features=n,
             num_splits=self.splits,
+            part_columns=-(-k // (64 * self.splits)) * 64,
+            share_tokens=-(-tokens // self.splits),
         )
         blocks = -(-n // tile.rows) * self.splits
         self.gpu.launch(self.kernel, args, (blocks, 1), tile.threads, tile.shared, self.splits, self.seed)
@@ -288,7 +290,7 @@ def test_a_few_rows_behind_a_weight_change_no_choice(multiprocessors: int, n: in
 
 def test_every_choice_can_be_launched() -> None:
     gpu = Gpu("cuda")
-    for multiprocessors in (1, 66, 132):
+    for multiprocessors in (1, 4, 16, 66, 132):
         for n in (8, 64, 72, 1000, 4096, 5000, 151936, 1 << 20):
             for k in (8, 64, 504, 512, 768, 1024, 6144, 1 << 17):
                 rows, splits = divmod(gpu.geometry("group_choice", multiprocessors, n, k), 16)

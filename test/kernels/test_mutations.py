@@ -861,7 +861,7 @@ GROUP_MUTANTS = {
         GROUP_GEMM, "arrivals_init(free + i, 1)", "arrivals_init(free + i, kWarpgroup)", STUCK
     ),
     "one place for both arrivals": Mutant(
-        GROUP_GEMM, "filled, filled + kStages, block_x()", "filled, filled, block_x()", "which counts arrivals"
+        GROUP_GEMM, "filled, filled + kStages, cluster_x()", "filled, filled, cluster_x()", "which counts arrivals"
     ),
     "expects the weights alone": Mutant(
         GROUP_GEMM,
@@ -879,10 +879,7 @@ GROUP_MUTANTS = {
         "arrives at",
     ),
     "copies tokens too early": Mutant(
-        GROUP_GEMM,
-        "    wait_for_previous_kernel();\n    for (int step = 0; step < early",
-        "    for (int step = 0; step < early",
-        EARLY,
+        GROUP_GEMM, "    wait_for_previous_kernel();\n    SGL_NO_UNROLL\n", "    SGL_NO_UNROLL\n", EARLY
     ),
     "copies tokens with the weights": Mutant(
         GROUP_GEMM, "++step) copy_weights(step);\n", "++step) copy_weights(step), copy_tokens(step);\n", EARLY
@@ -906,7 +903,7 @@ GROUP_MUTANTS = {
         f"{STUCK}|leaves while a tile",
     ),
     "copies what the first turn had": Mutant(
-        GROUP_GEMM, "args.x, 0, k.begin + step * 64", "args.x, 0, k.begin + step % kStages * 64", NUMBERS
+        GROUP_GEMM, "args.x, 0, first_column + step * 64", "args.x, 0, first_column + step % kStages * 64", NUMBERS
     ),
     "multiplies a step too few": Mutant(
         GROUP_GEMM,
@@ -944,24 +941,20 @@ GROUP_MUTANTS = {
         GROUP_GEMM, "align_shared(shared_memory(), 1024)", "align_shared(shared_memory(), 128)", "misaligned: a tile"
     ),
     "no room to align": Mutant(GEOMETRY, "return 1024 + kGroupStages * (", "return 0 + kGroupStages * (", OUTSIDE),
-    "rows of the first block": Mutant(GROUP_GEMM, "args.weight, first_row, k", "args.weight, 0, k", NUMBERS),
-    "every block has rows of its own": Mutant(
-        GROUP_GEMM, "block_x() / args.num_splits * kRows", "block_x() * kRows", NUMBERS
-    ),
+    "rows of the first block": Mutant(GROUP_GEMM, "args.weight, first_row, first", "args.weight, 0, first", NUMBERS),
+    "every block has rows of its own": Mutant(GROUP_GEMM, "cluster_x() * kRows", "block_x() * kRows", NUMBERS),
     "all of the sum of weights in every block": Mutant(
-        GROUP_GEMM, "first_row, k.begin + step * 64", "first_row, step * 64", NUMBERS
+        GROUP_GEMM, "first_row, first_column + step * 64", "first_row, step * 64", NUMBERS
     ),
     "all of the sum in every block": Mutant(
         GROUP_GEMM,
-        "part_of(args.in_features, cluster_rank(), cluster_size())",
-        "part_of(args.in_features, 0, 1)",
+        "cluster_rank() * args.part_columns",
+        "0",
         NUMBERS,
     ),
-    "stores tokens that are not there": Mutant(
-        GROUP_GEMM, "if (token < args.tokens && n < args", "if (n < args", OUTSIDE
-    ),
+    "stores tokens that are not there": Mutant(GROUP_GEMM, "      if (token >= args.tokens) continue;\n", "", OUTSIDE),
     "stores columns that are not there": Mutant(
-        GROUP_GEMM, "token < args.tokens && n < args.out_features", "token < args.tokens", f"{NUMBERS}|race|{OUTSIDE}"
+        GROUP_GEMM, "if (first_row + i * 4 < args.out_features) y[", "y[", f"{NUMBERS}|race|{OUTSIDE}"
     ),
     "stores columns of parts that are not there": Mutant(
         GROUP_GEMM, "      if (n >= args.out_features) continue;\n", "", f"{NUMBERS}|race|{OUTSIDE}"
@@ -969,8 +962,16 @@ GROUP_MUTANTS = {
     "adds tokens that are not there": Mutant(
         GROUP_GEMM, "last = end < args.tokens ? end : args.tokens", "last = end", f"{OUTSIDE}|race"
     ),
-    "shares leave a token out": Mutant(GROUP_GEMM, "(args.tokens + parts - 1) / parts", "args.tokens / parts", NUMBERS),
-    "every block adds all tokens": Mutant(GROUP_GEMM, "first = cluster_rank() * share", "first = 0", f"race|{NUMBERS}"),
+    "parts that overlap": Mutant(GROUP_GEMM, "left < args.part_columns ? left : args.part_columns", "left", NUMBERS),
+    "a part without its last columns": Mutant(GROUP_GEMM, "(columns + 63) / 64", "columns / 64", NUMBERS),
+    "shares leave a token out": Mutant(
+        GROUP_GEMM, "end = first + args.share_tokens", "end = first + args.share_tokens - 1", NUMBERS
+    ),
+    "stores the rows of one half": Mutant(GROUP_GEMM, "sums.row(half)", "sums.row(0)", f"race|{NUMBERS}"),
+    "stores columns apart": Mutant(GROUP_GEMM, "y[i / 2 * 4]", "y[i * 4]", f"race|{NUMBERS}|{OUTSIDE}"),
+    "every block adds all tokens": Mutant(
+        GROUP_GEMM, "first = cluster_rank() * args.share_tokens", "first = 0", f"race|{NUMBERS}"
+    ),
     "the fifth warp's share is lost": Mutant(
         GROUP_GEMM, "i < last * kQuads; i += kThreads", "i < last * kQuads; i += kWarpgroup", "race"
     ),

@@ -49,7 +49,7 @@ constexpr int kGroupSplitCost = 50000, kGroupBlockCost = 400;
 constexpr long long group_cost(int multiprocessors, int out_features, int in_features, int rows, int splits) {
   const int blocks = ceil_div(out_features, rows) * splits;
   // A cluster stays within a part of the GPU, so a few multiprocessors of every part find no work.
-  const int room = splits > 1 ? multiprocessors * 15 / 16 / splits * splits : multiprocessors;
+  const int room = splits > 1 ? larger(multiprocessors * 15 / 16 / splits, 1) * splits : multiprocessors;
   return 1LL * ceil_div(blocks, room) * rows * ceil_div(in_features, splits) + (splits > 1 ? kGroupSplitCost : 0) +
          smaller(blocks, multiprocessors) * kGroupBlockCost;
 }

@@ -166,6 +166,7 @@ def _group_gemm(t: Tensors, g: Geometry, tokens: int, outputs: int, inputs: int,
     fields = {"x": [x["address"], tokens, inputs, 2 * (inputs + 8), 64, 64]}
     fields["weight"] = [weight["address"], outputs, inputs, 2 * (inputs + 16), rows, 64]
     fields |= {"y": y, "y_stride": outputs + 24, "tokens": tokens, "in_features": inputs, "out_features": outputs}
+    fields |= {"part_columns": _blocks(inputs, 64 * splits) * 64, "share_tokens": _blocks(tokens, splits)}
     args = [x, weight, y, None, NO_SITE, None, NO_SHAPE, None, 0, overlap]
     # Four warps that multiply and one that copies; eight stages of tiles, 64 columns of bf16 wide.
     shape = (f"skinny_gemm_group_{rows}", 160, 1024 + 8 * ((rows + 64) * 128 + 16))
