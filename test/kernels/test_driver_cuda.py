@@ -94,7 +94,7 @@ def test_splits_can_be_given(shared_machine: Machine, geometry: Geometry) -> Non
     check_launch(shared_machine, call, shared_machine.launch(call.function, *call.args))
 
 
-@pytest.mark.parametrize(("outputs", "inputs", "splits"), [(2048, 6144, 3), (1024, 4096, 4), (12288, 2048, 1)])
+@pytest.mark.parametrize(("outputs", "inputs", "splits"), [(1536, 4096, 3), (2048, 6144, 4), (12288, 2048, 1)])
 def test_parts_of_a_sum_by_warpgroups(
     shared_machine: Machine, geometry: Geometry, outputs: int, inputs: int, splits: int
 ) -> None:
