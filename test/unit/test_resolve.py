@@ -81,6 +81,37 @@ def test_slots_of_adapters_have_room_for_every_rank_unless_told(args: ServerArgs
     assert resolve(changed(args, enable_lora=True, max_lora_rank=64)).lora.max_lora_rank == 64
 
 
+@pytest.mark.parametrize(
+    ("configs", "rank"),
+    [
+        (['{"r": 8}'], 8),
+        (['{"r": 8}', '{"r": 4, "rank_pattern": {"q_proj": 32}}'], 32),
+        (['{"r": 8, "rank_pattern": null}'], 8),
+        (['{"r": 8}', "{"], MAX_LORA_RANK),
+        (['{"r": 8}', None], MAX_LORA_RANK),
+        (["{}"], MAX_LORA_RANK),
+        (["[]"], MAX_LORA_RANK),
+        (['{"r": "8"}'], MAX_LORA_RANK),
+        (['{"r": 0}'], MAX_LORA_RANK),
+        (['{"r": 300}'], MAX_LORA_RANK),
+        (['{"r": 8, "rank_pattern": [16]}'], MAX_LORA_RANK),
+    ],
+)
+@pytest.mark.parametrize("under_root", [False, True])
+def test_slots_have_the_rank_of_the_first_adapters(args: ServerArgs, tmp_path: Path, configs, rank, under_root):
+    paths = []
+    for i, config in enumerate(configs):
+        folder = tmp_path / f"adapter{i}"
+        folder.mkdir()
+        if config is not None:
+            (folder / "adapter_config.json").write_text(config)
+        paths.append(f"n{i}={folder.name if under_root else folder}")
+    root = str(tmp_path) if under_root else ""
+    flags = {"lora_paths": paths, "lora_root": root}
+    assert resolve(changed(args, **flags)).lora.max_lora_rank == rank
+    assert resolve(changed(args, **flags, max_lora_rank=64)).lora.max_lora_rank == 64
+
+
 def test_cuda_defaults(args: ServerArgs):
     config = resolve(changed(args, device="cuda", base_gpu_id=2))
     assert (config.device.device, config.device.gpu_id) == ("cuda", 2)

@@ -196,7 +196,7 @@ class ServerArgs:
     # LoRA
     enable_lora: Annotated[bool | None, Arg("serve adapters; default: when --lora-paths is given")] = None
     enable_lora_overlap_loading: bool | None = None
-    max_lora_rank: Annotated[int | None, Arg("largest rank taken; slots have room for it; default: 256")] = None
+    max_lora_rank: Annotated[int | None, Arg("largest rank taken; default: that of --lora-paths, else 256")] = None
     lora_target_modules: Annotated[list[str] | None, Arg("modules adapters may have, or all; default: all")] = None
     lora_paths: Annotated[
         dict[str, str] | list[Any] | None,

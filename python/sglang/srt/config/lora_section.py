@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 from sglang.srt.config.sections import MAX_LORA_RANK, LoRASection
@@ -34,7 +36,7 @@ def lora_section(args: ServerArgs) -> LoRASection:
     ):
         if value is not None and value < low:
             raise ConfigError(f"{flag} {value} must be at least {low}")
-    max_lora_rank = MAX_LORA_RANK if args.max_lora_rank is None else args.max_lora_rank
+    max_lora_rank = _largest_rank(preload, args.lora_root) if args.max_lora_rank is None else args.max_lora_rank
     if max_lora_rank > MAX_LORA_RANK:
         raise ConfigError(f"--max-lora-rank {max_lora_rank} must be at most {MAX_LORA_RANK}")
     if args.lora_eviction_policy not in _POLICIES:
@@ -74,6 +76,22 @@ def _preload_item(item: Any) -> Preload:
     if not name or not path:
         raise ConfigError(f"--lora-paths {dict(item)} needs lora_name and lora_path")
     return str(name), str(path), bool(item.get("pinned"))
+
+
+def _largest_rank(preload: tuple[Preload, ...], root: str | None) -> int:
+    """The largest rank of these adapters, upstream's default too: slots with room for more would be wasted on them.
+
+    What cannot be told decides nothing here; loading the adapter says what is wrong with it.
+    """
+    ranks: list[Any] = []
+    for _, path, _ in preload:
+        try:
+            config = json.loads(Path(root or "", path, "adapter_config.json").read_text())
+            ranks += [config["r"], *(config.get("rank_pattern") or {}).values()]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return MAX_LORA_RANK
+    told = bool(ranks) and all(type(rank) is int and 1 <= rank <= MAX_LORA_RANK for rank in ranks)
+    return max(ranks) if told else MAX_LORA_RANK
 
 
 def _check_preload(preload: tuple[Preload, ...], args: ServerArgs) -> None:
