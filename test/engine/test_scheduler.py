@@ -113,6 +113,21 @@ def test_mixed_chunk_keeps_decoding_while_a_prompt_is_read() -> None:
     assert_served(bench, 1, prompt(60, 1), 2)
 
 
+def test_mixed_chunk_reads_a_page_of_a_prompt_whatever_decodes() -> None:
+    """Decodes may leave less than a page of the budget: the prompt would wait until they have ended."""
+    bench = Bench(chunked_prefill_size=16, page_size=16, mixed_chunk=True, slots=8)
+    for i in range(3):
+        bench.submit(i, prompt(4, i), 40)
+    bench.step(4)
+    bench.submit(3, prompt(40, 3), 2)
+    bench.step(8)
+    assert bench.received[3].finishes and not any(bench.received[i].finishes for i in range(3))
+    bench.run()
+    for i in range(3):
+        assert_served(bench, i, prompt(4, i), 40)
+    assert_served(bench, 3, prompt(40, 3), 2)
+
+
 def test_lpm_runs_the_longest_match_first() -> None:
     bench = Bench(slots=1, policy="lpm")
     bench.submit(0, prompt(50), 1)
