@@ -143,6 +143,12 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return report(arguments, systems, rounds, [load_before, machine.load_average()])
 
 
+def spread_each(rounds: list[Figures]) -> dict[str, Any]:
+    """Every figure of these rounds. Some rounds may lack one: streams that came in one piece have no gaps to time."""
+    names = dict.fromkeys(name for figures in rounds for name in figures)
+    return {name: spread([figures[name] for figures in rounds if name in figures]) for name in names}
+
+
 def report(
     arguments: argparse.Namespace,
     systems: list[System],
@@ -155,9 +161,7 @@ def report(
     figures, ratios = {}, {}
     for system in systems:
         mine = [r[system.name] for r in rounds]
-        figures[system.name] = {
-            phase: {name: spread([r[phase][name] for r in mine]) for name in mine[0][phase]} for phase in mine[0]
-        }
+        figures[system.name] = {phase: spread_each([r[phase] for r in mine]) for phase in mine[0]}
         if system.name != baseline:
             ratios[system.name] = {
                 phase: spread(
