@@ -15,6 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -113,3 +116,16 @@ class ServerProcess:
         for process in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
             process.kill()
         self.process.wait()
+
+
+@contextmanager
+def together(first: ServerProcess, second: ServerProcess) -> Iterator[tuple[ServerProcess, ServerProcess]]:
+    """Two servers, which start at the same time."""
+    pair = first, second
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(ServerProcess.__enter__, pair))
+    try:
+        yield pair
+    finally:
+        for server in pair:
+            server.__exit__(None, None, None)

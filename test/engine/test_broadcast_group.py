@@ -98,11 +98,17 @@ def test_a_member_that_does_not_come(pool):
         BroadcastGroup(other, CPU, 0.3)
 
 
-def test_the_end_of_the_trainer_is_the_end_of_the_group(pool):
-    stores = [open_store()]
-    _, receiver, _ = members(pool, stores[0])
+def waiting_receiver(pool, store):
+    """A member, and its wait for an image that nobody sends."""
+    _, receiver, _ = members(pool, store)
     waiting = pool.submit(receiver.receive, "a", torch.zeros(10, dtype=torch.uint8), 30.0)
     time.sleep(0.1)
+    return receiver, waiting
+
+
+def test_the_end_of_the_trainer_is_the_end_of_the_group(pool):
+    stores = [open_store()]
+    _, waiting = waiting_receiver(pool, stores[0])
     stores.clear()
     with within(3), pytest.raises(BrokenGroupError, match="group 'g' is broken"):
         waiting.result()
@@ -110,9 +116,7 @@ def test_the_end_of_the_trainer_is_the_end_of_the_group(pool):
 
 def test_closing_ends_what_waits(pool):
     store = open_store()
-    _, receiver, _ = members(pool, store)
-    waiting = pool.submit(receiver.receive, "a", torch.zeros(10, dtype=torch.uint8), 30.0)
-    time.sleep(0.1)
+    receiver, waiting = waiting_receiver(pool, store)
     receiver.close()
     with within(3), pytest.raises(BrokenGroupError, match="closed or replaced"):
         waiting.result()

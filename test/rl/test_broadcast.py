@@ -18,7 +18,7 @@ import httpx
 import psutil
 import pytest
 from compat.lora_client import PROMPT
-from server_process import ServerProcess
+from server_process import ServerProcess, together
 from tiny_model import make_tiny_model
 
 from sglang.rl.publisher import Publisher, PublishError
@@ -37,14 +37,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def servers(model: str) -> Iterator[Servers]:
     flags = ["--model-path", model, "--enable-lora", "--max-total-tokens", "8192"]
-    pair = ServerProcess(*flags), ServerProcess(*flags, "--max-lora-rank", "1")
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(ServerProcess.__enter__, pair))
-    try:
+    with together(ServerProcess(*flags), ServerProcess(*flags, "--max-lora-rank", "1")) as pair:
         yield pair
-    finally:
-        for server in pair:
-            server.__exit__(None, None, None)
 
 
 @pytest.fixture

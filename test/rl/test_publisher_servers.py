@@ -17,7 +17,7 @@ import httpx
 import pytest
 from compat.lora_client import PROMPT, value_of
 from compat.waiting import until
-from server_process import ServerProcess
+from server_process import ServerProcess, together
 from tiny_model import make_tiny_model
 
 from sglang.rl.publisher import TRANSPORTS, Publisher, PublishError, Version
@@ -44,13 +44,8 @@ def servers(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
     root = str(tmp_path_factory.mktemp("root"))
     first = ServerProcess(*flags, *keys)
     second = ServerProcess(*flags, *keys, "--max-lora-rank", "1", "--lora-root", root)
-    with ThreadPoolExecutor(2) as pool:
-        started = list(pool.map(ServerProcess.__enter__, (first, second)))
-    try:
-        yield started[0], started[1]
-    finally:
-        for server in started:
-            server.__exit__(None, None, None)
+    with together(first, second) as pair:
+        yield pair
 
 
 class Policy:

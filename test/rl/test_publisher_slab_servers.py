@@ -9,7 +9,6 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from compat.lora_client import PROMPT, value_of
 from compat.waiting import until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from server_process import ServerProcess
+from server_process import ServerProcess, together
 from tiny_model import make_tiny_model
 
 from sglang.rl.publisher import Publisher, PublishError, Version
@@ -44,14 +43,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def servers(model: Path) -> Iterator[Servers]:
     flags = ["--model-path", str(model), "--enable-lora", "--max-total-tokens", "8192", "--enable-metrics"]
-    pair = ServerProcess(*flags), ServerProcess(*flags, "--max-lora-rank", "16")
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(ServerProcess.__enter__, pair))
-    try:
+    with together(ServerProcess(*flags), ServerProcess(*flags, "--max-lora-rank", "16")) as pair:
         yield pair
-    finally:
-        for server in pair:
-            server.__exit__(None, None, None)
 
 
 @pytest.fixture(autouse=True)
