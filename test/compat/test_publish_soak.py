@@ -29,35 +29,46 @@ def test_training_traffic_leaves_nothing_behind(tmp_path: Path):
         assert report["violations"] == 0 and run.returncode == 0, (report, server.log[-4000:])
     counts = report["counts"]
     assert report["publishes"] > 10
-    assert min(counts[name] for name in ("answers_proven", "disconnects", "finish_abort", "finish_length")) > 0
+    assert (
+        min(
+            counts[name] for name in ("answers_proven", "answers_clear", "disconnects", "finish_abort", "finish_length")
+        )
+        > 0
+    )
 
 
 @pytest.fixture
 def soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A run that has published twelve versions, numbered from 101 on, whose adapters answer with their own tokens."""
+    """A run that has published twelve versions, numbered from 101 on, whose adapters answer with their own tokens, clear
+    but for prompt 4."""
     monkeypatch.syspath_prepend(str(FOLDER))
     import soak as module
 
     run = module.Soak("http://127.0.0.1:1", make_tiny_model(tmp_path / "tiny"), 1.0, 1, 1.0, 0.3)
     run.told = [[[100 * i + n for n in range(8)]] * module.PROMPTS for i in range(module.FINGERPRINTS)]
+    run.clear = [[prompt != 4 for prompt in range(module.PROMPTS)]] * module.FINGERPRINTS
     run.versions = {100 + number: number for number in range(1, 13)}
     return run, module.Answer
 
 
 @pytest.mark.parametrize(
-    ("version", "newest", "first", "problem"),
+    ("version", "newest", "prompt", "first", "problem"),
     [
-        (108, 8, 100, ""),
-        (108, 7, 100, ""),
-        (108, 9, 100, "publish 8 answered after publish 9 had returned"),
-        (108, 8, 200, "publish 8 gave another adapter's answer"),
-        (113, 8, 100, "version 113 was never published"),
-        (108, 8, 5000, "agree with no adapter"),
+        (108, 8, 3, 100, ""),
+        (108, 7, 3, 100, ""),
+        (108, 9, 3, 100, "publish 8 answered after publish 9 had returned"),
+        (108, 8, 3, 200, "publish 8 gave another adapter's answer"),
+        (108, 8, 4, 200, "publish 8 gave another adapter's answer"),
+        (113, 8, 3, 100, "version 113 was never published"),
+        (108, 8, 3, 5000, "publish 8 gave an answer of no adapter, to prompt 3"),
+        (108, 8, 4, 5000, ""),
     ],
 )
-def test_answers_are_traced_to_their_version(soak: Any, version: int, newest: int, first: int, problem: str):
+def test_answers_are_traced_to_their_version(
+    soak: Any, version: int, newest: int, prompt: int, first: int, problem: str
+):
     run, answer = soak
-    run._answers = [answer(3, [first + n for n in range(8)], version, newest)]
+    run._answers = [answer(prompt, [first + n for n in range(8)], version, newest)]
     run._check_answers()
     assert problem in "".join(run.violations) and bool(run.violations) == bool(problem)
 

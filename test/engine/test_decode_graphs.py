@@ -6,7 +6,7 @@ What a graph would keep (buffers, page table, words of adapters) is real; attent
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +95,9 @@ def make_bench(peft: PeftModels, graphs: tuple[int, ...], adapters: list[Any], s
     return bench
 
 
-def load(bench: RealBench, versions: int, **params: Any) -> dict[int, Result]:
-    """Eleven requests that join one after the other."""
-    for req_id in range(11):
+def load(bench: RealBench, versions: int, req_ids: Sequence[int] = range(11), **params: Any) -> dict[int, Result]:
+    """Requests that join one after the other; the results of all so far."""
+    for req_id in req_ids:
         ids = prompt(3 + 5 * req_id % 37, req_id)
         version = req_id % (versions + 1)
         bench.submit(req_id, ids, 8 + req_id, score_prompt=req_id % 5 == 4, version_id=version, **params)
@@ -141,10 +141,11 @@ def assert_equal_to_peft(peft: PeftModels, adapters: list[Any], results: dict[in
 
 @pytest.mark.parametrize("tails", [2, len(ADAPTERS) + 1])
 def test_adapters_behind_the_weights_equal_peft(peft: PeftModels, monkeypatch: pytest.MonkeyPatch, tails: int) -> None:
-    """Steps of the first slots alone take the extended weights; the others find A in the slabs."""
+    """Steps of the first slots alone take the extended weights, as much as they need; others find A in the slabs."""
     monkeypatch.setattr(setup, "takes_slabs", lambda *_: True)
     monkeypatch.setattr(setup, "tail_slots", lambda *_: tails)
     monkeypatch.setattr(cuda_graph, "SKINNY_ROWS", 2)
+    monkeypatch.setattr(cuda_graph, "FEW_TAILS", 2)
     adapters = [peft.add(**options) for options in ADAPTERS]
     bench = make_bench(peft, (2, 4, 12), adapters, len(adapters))
     assert bench.engine.lora is not None and bench.engine.lora.num_tails == tails
@@ -153,9 +154,12 @@ def test_adapters_behind_the_weights_equal_peft(peft: PeftModels, monkeypatch: p
     kinds: list[cuda_graph.Kind] = []
     kind_of = graphs._kind
     monkeypatch.setattr(graphs, "_kind", lambda *args: kinds.append(kind_of(*args)) or kinds[-1])
-    assert_equal_to_peft(peft, adapters, load(bench, len(adapters), temperature=0.0))
-    assert cuda_graph.Kind.ANY_SLOTS in kinds
-    assert (cuda_graph.Kind.FIRST_SLOTS in kinds) == (tails > len(ADAPTERS))
+    load(bench, len(adapters), temperature=0.0)
+    results = load(bench, len(adapters), [16, 21, 26], temperature=0.0)  # all of the first version
+    assert_equal_to_peft(peft, adapters, results)
+    kind = cuda_graph.Kind
+    assert {kind.ANY_SLOTS, kind.FEW_TAILS} <= set(kinds)
+    assert (kind.ALL_TAILS in kinds) == (tails > len(ADAPTERS))
 
 
 def test_heads_of_the_compiled_kernels_width_equal_peft(peft: PeftModels, monkeypatch: pytest.MonkeyPatch) -> None:

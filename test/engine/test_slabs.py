@@ -279,6 +279,19 @@ def test_reads_are_many_where_bytes_are(most: int, monkeypatch: pytest.MonkeyPat
     assert torch.equal(numbers, torch.cat([a.flatten(), b.flatten()]))
 
 
+@pytest.mark.parametrize(("blocks", "count"), [(1, 2), (3, 3), (9, 5)])
+def test_memory_is_locked_before_it_is_needed(blocks: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For as many adapters as may come, as long as they stay small together; for two in any case."""
+    slabs = ModelSlabs({O0: LAYER["self_attn.o_proj"]}, 8, "float32")
+    nbytes, locked = slabs.layout.slab_bytes, list[int]()
+    monkeypatch.setattr(AdapterCopier, "_empty", lambda _, nbytes: locked.append(nbytes))
+    monkeypatch.setattr(adapter_copier, "WARM_BYTES", blocks << (nbytes - 1).bit_length())
+    AdapterCopier({}, slabs, tight=False, pin=False, warm=5)
+    assert locked == []
+    AdapterCopier({}, slabs, tight=False, pin=True, warm=5)
+    assert locked == [nbytes] * count
+
+
 def test_a_file_that_became_shorter_is_an_error(tmp_path: Path) -> None:
     rows = Rows(tmp_path)
     rows.modules[1] = random_modules(dict.fromkeys(SHAPES, 8), 1)

@@ -12,7 +12,7 @@ from engine.lora_parity_bench import prompt
 from engine.parity_bench import VOCAB, RealBench, Result, make_checkpoint
 from engine.peft_models import PeftModels
 
-from sglang.srt.model_executor import setup
+from sglang.srt.model_executor import cuda_graph, setup
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -79,6 +79,7 @@ def test_adapters_equal_peft(served: Served) -> None:
 @pytest.mark.parametrize("tails", [2, len(ADAPTERS) + 1])
 def test_adapters_behind_the_weights_equal_peft(served: Served, monkeypatch: pytest.MonkeyPatch, tails: int) -> None:
     monkeypatch.setattr(setup, "tail_slots", lambda *_: tails)
+    monkeypatch.setattr(cuda_graph, "FEW_TAILS", 2)
     bench = served.bench()
     assert bench.engine.lora is not None and bench.engine.lora.num_tails == tails
     assert_equal_to_peft(served, run(bench, 24, len(ADAPTERS), temperature=0.0))

@@ -739,7 +739,10 @@ ROPE_MUTANTS = {
     ),
     "turns v": Mutant(ROPE, "if (slice < 2)", "if (true)", NUMBERS),
     "turns the other way": Mutant(ROPE, "-(high.v[c] * turn.sine.v[c])", "high.v[c] * turn.sine.v[c]", NUMBERS),
-    "angles of the row, not of its position": Mutant(ROPE, "args.positions[row] * kHeadDim", "row * kHeadDim", NUMBERS),
+    "angles of the row, not of its position": Mutant(
+        ROPE, "static_cast<int>(args.positions[strip.row[i]])", "strip.row[i]", NUMBERS
+    ),
+    "the same without an adapter": Mutant(ROPE, ".turn(args.positions[row])", ".turn(row)", NUMBERS),
     "sines for cosines": Mutant(ROPE, "load_floats(angles + kHalf)", "load_floats(angles)", NUMBERS),
     "row of the pool for its place": Mutant(ROPE, "? args.locs[row] : 0;", "? row : 0;", f"race|{NUMBERS}"),
     "head of qkv for that of the pool": Mutant(
@@ -758,10 +761,13 @@ ROPE_MUTANTS = {
     "keeps the inputs of the strip before": Mutant(ROPE, "        next = load(next_strip);\n", "", f"race|{NUMBERS}"),
     "u of the next strip": Mutant(ROPE, "u.fetch(module, strip.row);", "u.fetch(module, next_strip.row);", NUMBERS),
     "angles of the first rows in every strip": Mutant(
-        ROPE, "kMany ? head.turn(row) : turn[i]", "head.turn(rows.perm[rows.first])", NUMBERS, VENDORS
+        ROPE, "if (kMany) load_turns(", "if (kMany && begin <= Strip::kTokens) load_turns(", NUMBERS, VENDORS
     ),
     "places of the first row": Mutant(
-        ROPE, "kMany ? head.loc(row) : loc[i]", "head.loc(rows.perm[rows.first])", f"race|{NUMBERS}"
+        ROPE, "strip.row[i], at.loc[i]", "strip.row[i], head.loc(rows.perm[rows.first])", f"race|{NUMBERS}"
+    ),
+    "places of the next strip": Mutant(
+        ROPE, "strip.row[i], at.loc[i]", "strip.row[i], next_places.loc[i]", f"race|{NUMBERS}"
     ),
     "keeps the rows of the strip before": Mutant(
         ROPE, "        next_strip = StripRows<Strip>(rows, begin);\n", "", f"race|{NUMBERS}", HIP

@@ -38,8 +38,9 @@ struct Term {
   int piece_bits() const { return pieces() == 1 ? 0 : 1; }
 };
 
-// Without a batch, from this many rows on kernels take as many at once as for prompts.
-constexpr int kManyTokens = 256;
+// Without a batch, from this many rows on kernels take as many at once as for prompts. With fewer, 256 say, blocks would be too
+// few to keep every multiprocessor busy.
+constexpr int kManyTokens = 1024;
 
 int tile_of(const Term& term, int tokens) { return term.present ? term.tile : tokens < kManyTokens ? 16 : 64; }
 

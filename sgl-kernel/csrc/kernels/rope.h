@@ -46,9 +46,9 @@ struct Head {
   }
   __device__ __forceinline__ Pair weight() const { return norm() == nullptr ? Pair{} : load_pair(norm() + in_head); }
   __device__ __forceinline__ Pair bias() const { return args.bias == nullptr ? Pair{} : load_pair(args.bias + column); }
-  __device__ __forceinline__ Turn turn(int row) const {
+  __device__ __forceinline__ Turn turn(int64_t position) const {
     if (slice == 2) return Turn{};
-    const float* angles = args.cos_sin + args.positions[row] * kHeadDim + in_head;
+    const float* angles = args.cos_sin + position * kHeadDim + in_head;
     return {load_floats(angles), load_floats(angles + kHalf)};
   }
   __device__ __forceinline__ int64_t loc(int row) const {
@@ -107,7 +107,7 @@ SGL_DEVICE void qk_norm_rope_plain(const RopeArgs& args) {
   const int begin = block_x() * args.block_heads, index = thread_id() / kLanes;
   const bool mine = index < rows.count;
   const int row = rows.first + (mine ? index : 0);
-  const Turn turn = Head<kHeadDim>(args, begin, in_head).turn(row);
+  const Turn turn = Head<kHeadDim>(args, begin, in_head).turn(args.positions[row]);
   const int64_t loc = Head<kHeadDim>(args, begin, in_head).loc(row);
   SGL_NO_UNROLL
   for (int i = begin; i < begin + args.block_heads && i < heads; ++i) {
@@ -138,6 +138,9 @@ struct QkNormRope {
   struct Inputs {
     Pair x[kRows];
   };
+  struct Places {  // of a strip's rows: in the tables of angles and in the pools
+    int position[kRows], loc[kRows];
+  };
   const RopeArgs& args;
   const Rows& rows;
   const Head<kHeadDim> head;
@@ -155,23 +158,21 @@ struct QkNormRope {
       high_b.fetch(module, first + kHeadDim / 2, Strip::kColumns);
     }
     StripRows<Strip> next_strip(rows, 0);
+    Places next_places = places(next_strip);
     Pair weight, bias;
-    int64_t loc[kRows];
     Turn turn[kRows];
-    if (!kMany) {
-      weight = head.weight(), bias = head.bias();
-      SGL_UNROLL
-      for (int i = 0; i < kRows; ++i) loc[i] = head.loc(next_strip.row[i]), turn[i] = head.turn(next_strip.row[i]);
-    }
+    if (!kMany) weight = head.weight(), bias = head.bias(), load_turns(turn, next_places);
     wait_for_previous_kernel();
     Inputs next = load(next_strip);
     int begin = 0;
     do {
       const StripRows<Strip> strip = next_strip;
+      const Places at = next_places;
       const Inputs in = next;
       begin += Strip::kTokens;
       if (kMany && begin < rows.count) {
         next_strip = StripRows<Strip>(rows, begin);
+        next_places = places(next_strip);
         next = load(next_strip);
       }
       Strip low_term = {}, high_term = {};
@@ -193,18 +194,31 @@ struct QkNormRope {
         add_term(high[i], module, high_term, i);
         if (has_norm(args)) squares[i] = sum_strip_row(head.squares(low[i], high[i]));
       }
+      if (kMany) load_turns(turn, at);  // on their way while warps wait for each other
       if (has_norm(args)) add_warps(squares);
       SGL_UNROLL
       for (int i = 0; i < kRows; ++i) {
-        const int row = strip.row[i];
         head.normalise(low[i], high[i], squares[i], weight);
-        head.finish(low[i], high[i], kMany ? head.turn(row) : turn[i], row, kMany ? head.loc(row) : loc[i], strip.mine[i]);
+        head.finish(low[i], high[i], turn[i], strip.row[i], at.loc[i], strip.mine[i]);
       }
     } while (kMany && begin < rows.count);
   }
 
  private:
   SGL_DEVICE int in_head() { return warp_id() % kWarps * Strip::kColumns + Strip::column(); }
+  __device__ __forceinline__ Places places(const StripRows<Strip>& strip) const {
+    Places places;
+    SGL_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      places.position[i] = static_cast<int>(args.positions[strip.row[i]]);
+      places.loc[i] = static_cast<int>(head.loc(strip.row[i]));
+    }
+    return places;
+  }
+  __device__ __forceinline__ void load_turns(Turn (&turn)[kRows], const Places& at) const {
+    SGL_UNROLL
+    for (int i = 0; i < kRows; ++i) turn[i] = head.turn(at.position[i]);
+  }
   __device__ __forceinline__ Inputs load(const StripRows<Strip>& strip) const {
     Inputs in;
     SGL_UNROLL

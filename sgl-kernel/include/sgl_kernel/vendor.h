@@ -131,10 +131,10 @@ SGL_DEVICE float multiply_add(float a, float b, float c) {
   return __builtin_fmaf(a, b, c);
 #endif
 }
-SGL_DEVICE float reciprocal_approx(float x) {  // 1 / x to about 1 ulp of float32
+SGL_DEVICE float reciprocal_approx(float x) {  // 1 / x to about 1 ulp of float32; 0 where that is subnormal
 #if SGL_CUDA
   float y;
-  asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #else
   return __builtin_amdgcn_rcpf(x);
@@ -147,11 +147,11 @@ SGL_DEVICE float rsqrt(float x) {
   return __builtin_amdgcn_rsqf(x);
 #endif
 }
-SGL_DEVICE float exp_approx(float x) {  // e^x to about 2 ulp of float32
+SGL_DEVICE float exp_approx(float x) {  // e^x to about 2 ulp of float32; 0 where that is subnormal
   constexpr float kLog2E = 1.4426950408889634f;
 #if SGL_CUDA
   float y;
-  asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x * kLog2E));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * kLog2E));
   return y;
 #else
   return __builtin_amdgcn_exp2f(x * kLog2E);

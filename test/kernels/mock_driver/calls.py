@@ -212,7 +212,7 @@ def _norm_shared(g: Geometry, hidden: int, strip: int) -> Callable[[int, Any], i
 
 def rmsnorm(t: Tensors, g: Geometry, tokens: int, hidden: int) -> Call:
     x, weight, out = t(tokens, hidden, pad=8), t(hidden), t(tokens, hidden, pad=16)
-    each = 1 if tokens < 256 else 4
+    each = 1 if tokens < 1024 else 4
     fields = {"x": x, "residual": None, "out": out, "weight": weight, "x_stride": hidden + 8, "out_stride": hidden + 16}
     fields |= {"tokens": tokens, "hidden": hidden, "block_tokens": each, "delta.u": None, "eps": 2**-20}
     fields["mean"] = ctypes.c_float(1 / hidden).value
@@ -300,14 +300,14 @@ def _cases() -> Iterator[tuple[str, Make]]:
         for rank in (LOW, HIGH):
             expand = partial(lora_expand_add, tokens=tokens, tile=tile, rank=rank)
             yield f"lora_expand_add-{tokens}-{rank}", expand
-    for tokens, hidden in ((3, 2048), (700, 16384)):
+    for tokens, hidden in ((3, 2048), (1023, 512), (1024, 16384)):
         yield f"rmsnorm-{tokens}", partial(rmsnorm, tokens=tokens, hidden=hidden)
     for term in ({"adapters": False}, {"rank": LOW}, {"rank": HIGH}):
         kind = str(term.get("rank", "plain"))
-        for tokens, hidden, tile in ((5, 4096, 16), (5, 16384, 16), (2, 264, 16), (600, 896, 64), (600, 16384, 64)):
+        for tokens, hidden, tile in ((5, 4096, 16), (5, 16384, 16), (2, 264, 16), (1100, 896, 64), (1100, 16384, 64)):
             norm = partial(fused_add_rmsnorm, tokens=tokens, hidden=hidden, tile=tile, **term)
             yield f"fused_add_rmsnorm-{tokens}-{hidden}-{kind}", norm
-        for tokens, tile in ((5, 16), (37, 16), (600, 64)):
+        for tokens, tile in ((5, 16), (37, 16), (1100, 64)):
             activation = partial(silu_and_mul, tokens=tokens, inner=1544, tile=tile, **term)
             yield f"silu_and_mul-{tokens}-{kind}", activation
             for dim in (64, 128, 256):

@@ -26,8 +26,9 @@ MAX_PARTS, MAX_READERS = 128, 4
 """Parts of memory that one read fills (systems take 1024 at most), and reads at once."""
 READ_BYTES = 8 << 20
 """A read with so many takes no more parts: a slab, which has few, is read by several threads, too."""
-WARM_SLABS = 2
-"""Page-locked slabs that are there before the first adapter comes: one that is served, one that replaces it."""
+MIN_WARM, WARM_BYTES = 2, 1 << 30
+"""Page-locked slabs there are before the first adapter comes: one that is served and one that replaces it, and as many more
+as may be wanted, up to so many bytes."""
 
 
 class AdapterFile:
@@ -122,17 +123,22 @@ class AdapterCopier:
         places: module name -> its place in the model.
         tight: slabs of the adapter's own rank, not of the model's.
         pin: page-locked memory, which a device can read by itself.
+        warm: adapters that are likely to be here at once.
     """
 
-    def __init__(self, places: Mapping[str, Place], slabs: ModelSlabs, *, tight: bool, pin: bool) -> None:
+    def __init__(
+        self, places: Mapping[str, Place], slabs: ModelSlabs, *, tight: bool, pin: bool, warm: int = MIN_WARM
+    ) -> None:
         self._places, self._slabs, self._tight, self._pin = places, slabs, tight, pin
         self._last: CopyPlan | None = None
         self._readers = ThreadPoolExecutor(MAX_READERS, thread_name_prefix="copy-adapter")
         if pin:
-            # torch keeps page-locked memory that is freed, until no copy uses it, for the next of its size. To lock new
-            # memory takes tens of milliseconds, and the device's driver may wait for it.
-            warm = [self._empty(slabs.layout.slab_bytes) for _ in range(WARM_SLABS)]
-            del warm
+            # torch keeps page-locked memory that is freed, until no copy uses it, for the next of its size, a power of
+            # two. To lock new memory takes 30 ms, in which the driver makes every other call wait, too.
+            nbytes = slabs.layout.slab_bytes
+            count = max(MIN_WARM, min(warm, WARM_BYTES >> (nbytes - 1).bit_length()))
+            spare = [self._empty(nbytes) for _ in range(count)]
+            del spare
 
     def copy(self, adapter: Adapter, file: AdapterFile) -> AdapterWeights:
         """An adapter in memory of its own.

@@ -87,7 +87,9 @@ class LoRAManager:
         self._host: dict[int, AdapterWeights] = {}
         self._fused = takes_slabs(device, slabs.dtype)
         rows = device.type != "cpu" or self._fused
-        self._copier = AdapterCopier(self._places, slabs, tight=not rows, pin=device.type == "cuda")
+        # Every slot's, the one that replaces it, and one on its way.
+        pin, warm = device.type == "cuda", num_slots + 2
+        self._copier = AdapterCopier(self._places, slabs, tight=not rows, pin=pin, warm=warm)
         self._sites = parameter_sites(tensors, slabs)
         self._tails = WeightTails(extended or {}, self._sites)
         self._slots = DeviceSlots(slabs.layout, num_slots, device, self._tails) if rows else None

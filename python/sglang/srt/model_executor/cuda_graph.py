@@ -62,12 +62,17 @@ class StepColumns:
     uniforms: np.ndarray
 
 
+FEW_TAILS = 4
+"""Slots whose A most steps multiply: a policy and the versions before it. Each more is rows more in every product."""
+
+
 class Kind(enum.Enum):
-    """What a graph does for adapters: nothing, what any of them need, or what those of the first slots need."""
+    """What a graph does for adapters: nothing, what any need, what those with tails need, or the first FEW_TAILS."""
 
     BASE = enum.auto()
     ANY_SLOTS = enum.auto()
-    FIRST_SLOTS = enum.auto()
+    ALL_TAILS = enum.auto()
+    FEW_TAILS = enum.auto()
 
 
 _NOTHING = np.empty(0, np.int64)
@@ -160,7 +165,8 @@ class DecodeGraphs:
         if self._shape is not None and lora is not None:
             words = LoraBatch(self._inputs.device["words"], self._shape)
             self._adapters[Kind.ANY_SLOTS] = lora.slab_batch(words)
-            self._adapters[Kind.FIRST_SLOTS] = lora.slab_batch(words, lora.num_tails)
+            self._adapters[Kind.ALL_TAILS] = lora.slab_batch(words, lora.num_tails)
+            self._adapters[Kind.FEW_TAILS] = lora.slab_batch(words, min(FEW_TAILS, lora.num_tails))
         self._graphs: dict[tuple[int, Kind], torch.cuda.CUDAGraph] = {}
 
     @property
@@ -208,14 +214,19 @@ class DecodeGraphs:
             return [Kind.BASE]
         if bucket <= SKINNY_ROWS or not self._lora.num_tails:
             return [Kind.BASE, Kind.ANY_SLOTS]
-        return [Kind.BASE, Kind.FIRST_SLOTS] + ([] if self._lora.all_have_tails else [Kind.ANY_SLOTS])
+        kinds = [Kind.BASE, Kind.FEW_TAILS]
+        if self._lora.num_tails > FEW_TAILS:
+            kinds.append(Kind.ALL_TAILS)
+        return kinds if self._lora.all_have_tails else [*kinds, Kind.ANY_SLOTS]
 
     def _kind(self, versions: np.ndarray, bucket: int) -> Kind:
         if self._lora is None or not versions.any():
             return Kind.BASE
         # Few rows go through a product that reads A where it is.
         tails = bucket > SKINNY_ROWS and self._lora.tail_slots(versions)
-        return Kind.FIRST_SLOTS if tails else Kind.ANY_SLOTS
+        if not tails:
+            return Kind.ANY_SLOTS
+        return Kind.FEW_TAILS if tails <= FEW_TAILS else Kind.ALL_TAILS
 
     def _fill(self, columns: StepColumns, bucket: int, kind: Kind) -> None:
         """Send the columns of a step, and of the rows that pad it, to the device."""
