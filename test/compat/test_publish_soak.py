@@ -39,8 +39,8 @@ def test_training_traffic_leaves_nothing_behind(tmp_path: Path):
 
 @pytest.fixture
 def soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A run that has published twelve versions, numbered from 101 on, whose adapters answer with their own tokens, clear
-    but for prompt 4."""
+    """A run of twelve versions, numbered from 101 on, whose adapters answer with tokens of their own, clearly but for
+    prompt 4."""
     monkeypatch.syspath_prepend(str(FOLDER))
     import soak as module
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -150,6 +151,16 @@ def test_maps_are_made_in_their_tensors_context(machine: Machine, geometry: Geom
 def test_no_more_blocks_than_run_at_once(shared_machine: Machine, geometry: Geometry) -> None:
     call = skinny_gemm(shared_machine.tensors(), geometry, 1, 100_000)
     assert shared_machine.launch(call.function, *call.args)["grid"] == [200, 1, 1]
+
+
+def test_rows_too_far_apart_are_refused(shared_machine: Machine, geometry: Geometry) -> None:
+    """Kernels find a row by a multiplication of 32 bits."""
+    call = rmsnorm(shared_machine.tensors(), geometry, 2, 256)
+    for stride, refused in ((2**31 - 1, False), (2**31, True)):
+        call.args[0]["strides"] = [stride, 1]
+        expected = pytest.raises(DriverError, match=f"ValueError: rows of x are {stride} numbers apart")
+        with expected if refused else contextlib.nullcontext():
+            shared_machine.call(call.function, *call.args)
 
 
 def test_no_rows_no_launch(shared_machine: Machine, geometry: Geometry) -> None:

@@ -69,6 +69,7 @@ WAIT = " wait_for_previous_kernel()"
 STEPS = "for (int step = 0; step < kSteps; ++step)"
 WAITS = "    wait_for_previous_kernel();\n"
 INPUTS = "    Inputs next = load("
+FIRST = "    load(even);\n"
 HELD = f"{STEPS} load(held[step], module, 16 * step + Strip::k());"
 UNITS_LOOP = "for (int unit = first; work.exists(unit); unit = work.next(unit)) {"
 SUMS = "Accumulator even = {}, odd = {};"
@@ -387,15 +388,17 @@ EXPAND_MUTANTS = {
         VENDORS,
     ),
     "all lanes bring the first ranks of u": Mutant(
-        STRIP, f"u_stride;\n    SGL_UNROLL\n    {HELD}", f"u_stride;\n    {HELD.replace('k()', 'k() % 4')}", NUMBERS
+        STRIP, "begin + Strip::k(), left", "begin + Strip::k() % 4, left", NUMBERS
     ),
     "no mask of columns": Mutant(
         STRIP, "Strip::part(j) < last ? Strip::part(j) : last;", "Strip::part(j);", OUTSIDE, VENDORS
     ),
     "no mask of ranks of B": Mutant(STRIP, "(k < module.b_stride ? k : 0)", "k", f"{NUMBERS}|{OUTSIDE}", VENDORS),
     "no mask of ranks of u": Mutant(STRIP, "module.rank - k;", "module.b_stride - k;", NUMBERS, VENDORS),
-    "no mask of ranks beyond all of u": Mutant(STRIP, "left <= 0 ? 0u : left == 1", "left == 1", NUMBERS, VENDORS),
-    "no mask of the second of four ranks": Mutant(STRIP, "left == 1 ? 0xffffu : ~0u", "~0u", NUMBERS),
+    "no mask of ranks beyond all of u": Mutant(
+        STRIP, "left >= 2 ? ~0u : left == 1 ? 0xffffu : 0u", "left == 1 ? 0xffffu : ~0u", NUMBERS, VENDORS
+    ),
+    "no mask of the second of four ranks": Mutant(STRIP, "left >= 2 ? ~0u", "left >= 1 ? ~0u", NUMBERS),
     "no mask of the last two of four ranks": Mutant(STRIP, "left == 3 ? 0xffffu : 0u", "~0u", NUMBERS),
     "no mask of token rows": Mutant(ROWS, "(mine[i] ? index : rows.count - 1)", "index", OUTSIDE, VENDORS),
     "the first held ranks of B in every step": Mutant(
@@ -410,9 +413,7 @@ EXPAND_MUTANTS = {
     "a step of the rank too few": Mutant(
         STRIP, "if (16 * step < module.rank)", "if (16 * step + 16 <= module.rank)", NUMBERS, HIP
     ),
-    "the held u on demand": Mutant(
-        STRIP, "u.load(rows, module, k + Strip::k());", "u.load(rows, module, Strip::k());", NUMBERS
-    ),
+    "the held u on demand": Mutant(STRIP, "u.load(rows, module, k);", "u.load(rows, module, 0);", NUMBERS),
     "no scale": Mutant(STRIP, "multiply_add(module.scale,", "multiply_add(1.f,", NUMBERS),
     "B as far apart as the module's ranks": Mutant(
         STRIP, "b_stride(rank), own.scale", "b_stride(own.rank), own.scale", NUMBERS, VENDORS
@@ -606,7 +607,7 @@ NORM_MUTANTS = {
 }
 
 ACTIVATION_MUTANTS = {
-    "does not wait for the previous kernel": Mutant(ACTIVATION, f"{WAITS}{INPUTS}", INPUTS, EARLY, VENDORS),
+    "does not wait for the previous kernel": Mutant(ACTIVATION, f"{WAITS}{FIRST}", FIRST, EARLY, VENDORS),
     "plain: does not wait for the previous kernel": Mutant(
         ACTIVATION, "  let_next_kernel_start();\n  wait_for_previous_kernel();\n", "", EARLY, HIP
     ),
@@ -621,13 +622,12 @@ ACTIVATION_MUTANTS = {
     "u of gate for up": Mutant(ACTIVATION, "up_u.fetch(up,", "up_u.fetch(gate,", NUMBERS),
     "B of gate for up": Mutant(ACTIVATION, "up_b.fetch(up,", "up_b.fetch(gate,", NUMBERS, HIP),
     "term of gate for up": Mutant(ACTIVATION, "up, up_term, i)", "up, gate_term, i)", NUMBERS),
-    "keeps the inputs of the strip before": Mutant(ACTIVATION, "        next = load(next_strip);\n", "", NUMBERS),
-    "u of the next strip": Mutant(
-        ACTIVATION, "up_u.fetch(up, strip.row);", "up_u.fetch(up, next_strip.row);", NUMBERS, VENDORS
-    ),
-    "reads x too early": Mutant(ACTIVATION, f"{WAITS}{INPUTS}next_strip);\n", f"{INPUTS}next_strip);\n{WAITS}", EARLY),
+    "keeps the inputs of the strip before": Mutant(ACTIVATION, "    load(in);\n", "", NUMBERS),
+    "the next strip for this one": Mutant(ACTIVATION, "finish(even);", "finish(odd);", NUMBERS, VENDORS),
+    "the strip before for this one": Mutant(ACTIVATION, "finish(odd);", "finish(even);", NUMBERS, VENDORS),
+    "reads x too early": Mutant(ACTIVATION, f"{WAITS}{FIRST}", f"{FIRST}{WAITS}", EARLY),
     "keeps the rows of the strip before": Mutant(
-        ACTIVATION, "        next_strip = StripRows<Strip>(rows, begin);\n", "", f"race|{NUMBERS}", HIP
+        ACTIVATION, "    in.at = StripRows<Strip>(rows, begin);\n", "", f"race|{NUMBERS}", HIP
     ),
     "reads gate for up": Mutant(ACTIVATION, "in.up[i] = load_vec(x + args.inner);", "in.up[i] = load_vec(x);", NUMBERS),
     "module of gate for up": Mutant(
@@ -645,14 +645,14 @@ ACTIVATION_MUTANTS = {
     ),
     "no mask of columns": Mutant(
         ACTIVATION,
-        "if (strip.mine[i] && Strip::column() < left)",
-        "if (strip.mine[i])",
+        "if (in.at.mine[i] && Strip::column() < left)",
+        "if (in.at.mine[i])",
         f"{OUTSIDE}|race|{NUMBERS}",
         VENDORS,
     ),
     "rows beyond the tile": Mutant(
         ACTIVATION,
-        "if (strip.mine[i] && Strip::column() < left)",
+        "if (in.at.mine[i] && Strip::column() < left)",
         "if (Strip::column() < left)",
         f"race|{OUTSIDE}",
         VENDORS,
@@ -660,8 +660,11 @@ ACTIVATION_MUTANTS = {
     "warps share their columns": Mutant(
         ACTIVATION, "(block_x() * kActivationWarps + warp_id()) * S", "(block_x() * kActivationWarps) * S", "race"
     ),
-    "the first rows of a tile alone": Mutant(
-        ACTIVATION, "while (kMany && begin < rows.count)", "while (false)", NUMBERS, VENDORS
+    "the first strip of a tile alone": Mutant(
+        ACTIVATION, "      if (!kMany || begin >= rows.count) return;\n", "      return;\n", NUMBERS, VENDORS
+    ),
+    "the first strips of a tile alone": Mutant(
+        ACTIVATION, "while (begin < rows.count)", "while (false)", NUMBERS, VENDORS
     ),
     "plain: rows behind the last token": Mutant(
         ACTIVATION, "if (first + i >= args.tokens) continue;", "", OUTSIDE, VENDORS
@@ -739,14 +742,13 @@ ROPE_MUTANTS = {
     ),
     "turns v": Mutant(ROPE, "if (slice < 2)", "if (true)", NUMBERS),
     "turns the other way": Mutant(ROPE, "-(high.v[c] * turn.sine.v[c])", "high.v[c] * turn.sine.v[c]", NUMBERS),
-    "angles of the row, not of its position": Mutant(
-        ROPE, "static_cast<int>(args.positions[strip.row[i]])", "strip.row[i]", NUMBERS
-    ),
-    "the same without an adapter": Mutant(ROPE, ".turn(args.positions[row])", ".turn(row)", NUMBERS),
+    "angles of the row, not of its position": Mutant(ROPE, "static_cast<int>(args.positions[row])", "row", NUMBERS),
     "sines for cosines": Mutant(ROPE, "load_floats(angles + kHalf)", "load_floats(angles)", NUMBERS),
-    "row of the pool for its place": Mutant(ROPE, "? args.locs[row] : 0;", "? row : 0;", f"race|{NUMBERS}"),
+    "row of the pool for its place": Mutant(
+        ROPE, "? static_cast<int>(args.locs[row]) : 0;", "? row : 0;", f"race|{NUMBERS}"
+    ),
     "head of qkv for that of the pool": Mutant(
-        ROPE, "args.num_kv_heads + index)", "args.num_kv_heads + slice)", f"race|{NUMBERS}|{OUTSIDE}"
+        ROPE, "+ index * kHeadDim + in_head, y)", "+ slice * kHeadDim + in_head, y)", f"race|{NUMBERS}|{OUTSIDE}"
     ),
     "k for v": Mutant(ROPE, "slice == 1 ? args.k_pool : args.v_pool", "args.k_pool", f"race|{NUMBERS}"),
     "copies q": Mutant(ROPE, "if (slice == 0 || args.k_pool", "if (args.k_pool", f"race|{NUMBERS}|{OUTSIDE}"),

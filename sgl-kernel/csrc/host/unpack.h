@@ -31,6 +31,8 @@ inline void check_matrix(const TensorView& tensor, const char* name) {
   const bool is_bf16 = tensor.dtype().code == kDLBfloat && tensor.dtype().bits == 16;
   if (tensor.ndim() != 2 || !is_bf16 || tensor.stride(1) != 1)
     TVM_FFI_THROW(ValueError) << name << " must be a bfloat16 matrix with dense rows";
+  if (tensor.stride(0) > INT32_MAX)  // row_at() of the kernels
+    TVM_FFI_THROW(ValueError) << "rows of " << name << " are " << tensor.stride(0) << " numbers apart; at most " << INT32_MAX;
 }
 
 template <class T>

@@ -35,70 +35,81 @@ SGL_DEVICE void silu_and_mul_plain(const ActivationArgs& args) {
       store_vec(args.out + (first + i) * args.out_stride + column, silu_times(unpack(gate[i]), unpack(up[i])));
 }
 
-// With one: a warp has 32 columns of gate and the same of up. With kMany it walks over the rows of a tile, those of the
-// next strip being on their way.
+// With one: a warp has 32 columns of gate and the same of up. With kMany it walks over the strips of a tile, the next one being
+// on its way: it has two places for inputs, by turns, because to move them from one to the other would be a tenth of the work.
 template <class Strip, int kSteps, bool kMany>
 struct SiluAndMul {
   static constexpr int kRows = Strip::kRows;
   struct Inputs {
+    StripRows<Strip> at;
     Vec8 gate[kRows], up[kRows];
   };
 
   const ActivationArgs& args;
   const Rows& rows;
   int first, left;  // column of the warp; how many there are from it on
+  Module gate, up;
+  BStrip<Strip, kSteps> gate_b, up_b;
 
-  __device__ __forceinline__ void run() const {
-    const Module gate = module_of(args.delta, rows.slot, rows.rank, 0);
-    const Module up = module_of(args.delta, rows.slot, rows.rank, 1);
-    BStrip<Strip, kSteps> gate_b, up_b;
+  __device__ __forceinline__ SiluAndMul(const ActivationArgs& args_, const Rows& rows_, int first_, int left_)
+      : args(args_), rows(rows_), first(first_), left(left_) {
+    gate = module_of(args.delta, rows.slot, rows.rank, 0);
+    up = module_of(args.delta, rows.slot, rows.rank, 1);
+  }
+
+  __device__ __forceinline__ void run() {
     if (rows.slot >= 0) {
       gate_b.fetch(gate, first, left);
       up_b.fetch(up, first, left);
     }
-    StripRows<Strip> next_strip(rows, 0);
+    Inputs even = {StripRows<Strip>(rows, 0)}, odd = even;
     wait_for_previous_kernel();
-    Inputs next = load(next_strip);
+    load(even);
     int begin = 0;
     do {
-      const StripRows<Strip> strip = next_strip;
-      const Inputs in = next;
+      fetch_next(odd, begin + Strip::kTokens);
+      finish(even);
       begin += Strip::kTokens;
-      if (kMany && begin < rows.count) {
-        next_strip = StripRows<Strip>(rows, begin);
-        next = load(next_strip);
-      }
-      Strip gate_term = {}, up_term = {};
-      if (rows.slot >= 0) {
-        UStrip<Strip, kSteps> gate_u, up_u;
-        gate_u.fetch(gate, strip.row);
-        up_u.fetch(up, strip.row);
-        gate_term = multiply(gate, gate_b, gate_u);
-        up_term = multiply(up, up_b, up_u);
-      }
-      SGL_UNROLL
-      for (int i = 0; i < kRows; ++i) {
-        Float8 gate_sum = unpack(in.gate[i]), up_sum = unpack(in.up[i]);
-        add_term(gate_sum, gate, gate_term, i);
-        add_term(up_sum, up, up_term, i);
-        const Vec8 out = silu_times(gate_sum, up_sum);
-        if (strip.mine[i] && Strip::column() < left) store_vec(args.out + strip.row[i] * args.out_stride + column(), out);
-      }
-    } while (kMany && begin < rows.count);
+      if (!kMany || begin >= rows.count) return;
+      fetch_next(even, begin + Strip::kTokens);
+      finish(odd);
+      begin += Strip::kTokens;
+    } while (begin < rows.count);
   }
 
  private:
   // Lanes beyond the last column compute the last ones again.
   __device__ __forceinline__ int column() const { return first + (Strip::column() < left ? Strip::column() : left - 8); }
-  __device__ __forceinline__ Inputs load(const StripRows<Strip>& strip) const {
-    Inputs in;
+  __device__ __forceinline__ void load(Inputs& in) const {
     SGL_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      const bf16* x = args.x + strip.row[i] * args.x_stride + column();
+      const bf16* x = row_at(args.x, in.at.row[i], args.x_stride) + column();
       in.gate[i] = load_vec(x);
       in.up[i] = load_vec(x + args.inner);
     }
-    return in;
+  }
+  __device__ __forceinline__ void fetch_next(Inputs& in, int begin) const {
+    if (!kMany || begin >= rows.count) return;
+    in.at = StripRows<Strip>(rows, begin);
+    load(in);
+  }
+  __device__ __forceinline__ void finish(const Inputs& in) const {
+    Strip gate_term = {}, up_term = {};
+    if (rows.slot >= 0) {
+      UStrip<Strip, kSteps> gate_u, up_u;
+      gate_u.fetch(gate, in.at.row);
+      up_u.fetch(up, in.at.row);
+      gate_term = multiply(gate, gate_b, gate_u);
+      up_term = multiply(up, up_b, up_u);
+    }
+    SGL_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      Float8 gate_sum = unpack(in.gate[i]), up_sum = unpack(in.up[i]);
+      add_term(gate_sum, gate, gate_term, i);
+      add_term(up_sum, up, up_term, i);
+      const Vec8 out = silu_times(gate_sum, up_sum);
+      if (in.at.mine[i] && Strip::column() < left) store_vec(row_at(args.out, in.at.row[i], args.out_stride) + column(), out);
+    }
   }
 };
 

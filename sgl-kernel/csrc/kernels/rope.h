@@ -46,17 +46,18 @@ struct Head {
   }
   __device__ __forceinline__ Pair weight() const { return norm() == nullptr ? Pair{} : load_pair(norm() + in_head); }
   __device__ __forceinline__ Pair bias() const { return args.bias == nullptr ? Pair{} : load_pair(args.bias + column); }
-  __device__ __forceinline__ Turn turn(int64_t position) const {
+  __device__ __forceinline__ Turn turn(int position) const {
     if (slice == 2) return Turn{};
-    const float* angles = args.cos_sin + position * kHeadDim + in_head;
+    const float* angles = row_at(args.cos_sin, position, kHeadDim) + in_head;
     return {load_floats(angles), load_floats(angles + kHalf)};
   }
-  __device__ __forceinline__ int64_t loc(int row) const {
-    return args.k_pool != nullptr ? args.locs[row] : 0;
+  __device__ __forceinline__ int position(int row) const { return static_cast<int>(args.positions[row]); }
+  __device__ __forceinline__ int loc(int row) const {
+    return args.k_pool != nullptr ? static_cast<int>(args.locs[row]) : 0;
   }
   __device__ __forceinline__ Pair load(int row, bool mine) const {
     if (!mine || !exists) return Pair{};  // somebody else may be writing it
-    return load_pair(args.qkv + row * args.qkv_stride + column);
+    return load_pair(row_at(args.qkv, row, args.qkv_stride) + column);
   }
 
   __device__ __forceinline__ void add_bias(Float8& low, Float8& high, const Pair& bias) const {
@@ -76,7 +77,7 @@ struct Head {
     }
   }
   // Turns q and k, and writes the row.
-  __device__ __forceinline__ void finish(Float8& low, Float8& high, const Turn& turn, int row, int64_t loc, bool mine) const {
+  __device__ __forceinline__ void finish(Float8& low, Float8& high, const Turn& turn, int row, int loc, bool mine) const {
     if (slice < 2)
       SGL_UNROLL
       for (int c = 0; c < 8; ++c) {
@@ -86,10 +87,10 @@ struct Head {
       }
     const Pair y = {pack(low), pack(high)};
     if (!mine || !exists) return;
-    store_pair(args.qkv + row * args.qkv_stride + column, y);
+    store_pair(row_at(args.qkv, row, args.qkv_stride) + column, y);
     if (slice == 0 || args.k_pool == nullptr) return;
     bf16* const pool = slice == 1 ? args.k_pool : args.v_pool;
-    store_pair(pool + (loc * args.num_kv_heads + index) * kHeadDim + in_head, y);
+    store_pair(row_at(pool, loc, args.num_kv_heads * kHeadDim) + index * kHeadDim + in_head, y);
   }
 };
 
@@ -107,8 +108,9 @@ SGL_DEVICE void qk_norm_rope_plain(const RopeArgs& args) {
   const int begin = block_x() * args.block_heads, index = thread_id() / kLanes;
   const bool mine = index < rows.count;
   const int row = rows.first + (mine ? index : 0);
-  const Turn turn = Head<kHeadDim>(args, begin, in_head).turn(args.positions[row]);
-  const int64_t loc = Head<kHeadDim>(args, begin, in_head).loc(row);
+  const Head<kHeadDim> first(args, begin, in_head);
+  const Turn turn = first.turn(first.position(row));
+  const int loc = first.loc(row);
   SGL_NO_UNROLL
   for (int i = begin; i < begin + args.block_heads && i < heads; ++i) {
     const Head<kHeadDim> head(args, i, in_head);
@@ -210,8 +212,8 @@ struct QkNormRope {
     Places places;
     SGL_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      places.position[i] = static_cast<int>(args.positions[strip.row[i]]);
-      places.loc[i] = static_cast<int>(head.loc(strip.row[i]));
+      places.position[i] = head.position(strip.row[i]);
+      places.loc[i] = head.loc(strip.row[i]);
     }
     return places;
   }

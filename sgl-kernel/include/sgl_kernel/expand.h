@@ -61,18 +61,17 @@ struct UStrip {
 
   __device__ __forceinline__ void fetch(const Module& module, const int (&rows)[Strip::kRows]) {
     SGL_UNROLL
-    for (int i = 0; i < Strip::kRows; ++i) row[i] = module.u + rows[i] * module.u_stride;
+    for (int i = 0; i < Strip::kRows; ++i) row[i] = row_at(module.u, rows[i], module.u_stride);
     SGL_UNROLL
-    for (int step = 0; step < kSteps; ++step) load(held[step], module, 16 * step + Strip::k());
+    for (int step = 0; step < kSteps; ++step) load(held[step], module, 16 * step);
   }
-  __device__ __forceinline__ void load(Vec4 (&rows)[Strip::kRows], const Module& module, int k) const {
-    const int left = module.rank - k;
-    SGL_UNROLL
-    for (int i = 0; i < Strip::kRows; ++i) rows[i] = load_vec4(row[i] + (left > 0 ? k : 0));
-    if (left >= 4) return;
-    const uint32_t low = left <= 0 ? 0u : left == 1 ? 0xffffu : ~0u, high = left == 3 ? 0xffffu : 0u;
+  // Without a branch, so that in a loop over rows the masks are made once.
+  __device__ __forceinline__ void load(Vec4 (&rows)[Strip::kRows], const Module& module, int begin) const {
+    const int k = begin + Strip::k(), left = module.rank - k;
+    const uint32_t low = left >= 2 ? ~0u : left == 1 ? 0xffffu : 0u, high = left >= 4 ? ~0u : left == 3 ? 0xffffu : 0u;
     SGL_UNROLL
     for (int i = 0; i < Strip::kRows; ++i) {
+      rows[i] = load_vec4(row[i] + (left > 0 ? k : 0));
       rows[i].w[0] &= low;
       rows[i].w[1] &= high;
     }
@@ -84,14 +83,15 @@ struct UStrip {
 template <class Strip, int kSteps>
 SGL_DEVICE Strip multiply(const Module& module, const BStrip<Strip, kSteps>& b, const UStrip<Strip, kSteps>& u) {
   Strip sum = {};
+  mma(sum, u.held[0], b.held[0]);  // of rank 0, too: nobody adds it
   SGL_UNROLL
-  for (int step = 0; step < kSteps; ++step)
+  for (int step = 1; step < kSteps; ++step)
     if (16 * step < module.rank) mma(sum, u.held[step], b.held[step]);
   if constexpr (kSteps > 1) {
     SGL_NO_UNROLL
     for (int k = 16 * kSteps; k < module.rank; k += 16) {
       Vec4 rows[Strip::kRows], parts[Strip::kParts];
-      u.load(rows, module, k + Strip::k());
+      u.load(rows, module, k);
       b.load(parts, module, k + Strip::k());
       mma(sum, rows, parts);
     }

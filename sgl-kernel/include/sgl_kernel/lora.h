@@ -9,6 +9,13 @@
 
 namespace sgl {
 
+// Row `row` of a matrix whose rows are `stride` numbers apart, found by one multiplication of 32 bits: the host checks that
+// strides are small enough.
+template <class T>
+SGL_DEVICE T* row_at(T* matrix, int row, int64_t stride) {
+  return matrix + multiply_wide(row, static_cast<int>(stride));
+}
+
 struct alignas(16) Tile {  // token rows of one slot: perm[start ... start + count); none where the batch has no such tile
   int start, count, slot, rank;  // the adapter's rank
 };

@@ -131,6 +131,15 @@ SGL_DEVICE float multiply_add(float a, float b, float c) {
   return __builtin_fmaf(a, b, c);
 #endif
 }
+SGL_DEVICE int64_t multiply_wide(int a, int b) {  // one instruction; the compiler makes three of it where b stays the same
+#if SGL_CUDA
+  int64_t product;
+  asm("mul.wide.s32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return static_cast<int64_t>(a) * b;
+#endif
+}
 SGL_DEVICE float reciprocal_approx(float x) {  // 1 / x to about 1 ulp of float32; 0 where that is subnormal
 #if SGL_CUDA
   float y;
@@ -357,10 +366,11 @@ SGL_DEVICE void mma(Strip<kTokens>& d, const Vec4 (&u)[Strip<kTokens>::kRows], c
   for (int j = 0; j < Strip<kTokens>::kParts; ++j) {
     float* const low = d.v[0] + 2 * j;
     float* const high = kLast ? d.v[kLast] + 2 * j : unused;
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(low[0]), "+f"(low[1]), "+f"(high[0]), "+f"(high[1])
+    // Outputs apart from inputs: zeros to begin with need no registers, and u, which all parts need, is not copied for each.
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+        : "=&f"(low[0]), "=&f"(low[1]), "=&f"(high[0]), "=&f"(high[1])
         : "r"(u[0].w[0]), "r"(kLast ? u[kLast].w[0] : 0), "r"(u[0].w[1]), "r"(kLast ? u[kLast].w[1] : 0), "r"(b[j].w[0]),
-          "r"(b[j].w[1]));
+          "r"(b[j].w[1]), "f"(low[0]), "f"(low[1]), "f"(high[0]), "f"(high[1]));
   }
 #else
   using Short4 = short __attribute__((ext_vector_type(4)));

@@ -81,6 +81,7 @@ SGL_DEVICE uint32_t pack_bf16(float low, float high) {
   return static_cast<uint32_t>(to_bf16(low)) | static_cast<uint32_t>(to_bf16(high)) << 16;
 }
 SGL_DEVICE float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+SGL_DEVICE int64_t multiply_wide(int a, int b) { return static_cast<int64_t>(a) * b; }
 SGL_DEVICE float reciprocal_approx(float x) { return 1.f / x; }
 SGL_DEVICE float rsqrt(float x) { return 1.f / __builtin_sqrtf(x); }
 SGL_DEVICE float exp_approx(float x) { return __builtin_expf(x); }

@@ -27,8 +27,8 @@ MAX_PARTS, MAX_READERS = 128, 4
 READ_BYTES = 8 << 20
 """A read with so many takes no more parts: a slab, which has few, is read by several threads, too."""
 MIN_WARM, WARM_BYTES = 2, 1 << 30
-"""Page-locked slabs there are before the first adapter comes: one that is served and one that replaces it, and as many more
-as may be wanted, up to so many bytes."""
+"""Page-locked slabs there are before the first adapter comes: one that is served and one that replaces it, and as many
+more as may be wanted, up to so many bytes."""
 
 
 class AdapterFile:
