@@ -10,8 +10,8 @@ version, so a reply shows which adapter made it: it must agree longest with the 
 Batches round differently, so a reply may take another way where two tokens are nearly even; where they are not, its
 first token must be the noted one. A request sent after a publish has returned must be answered by that version or a
 later one. Every request and every publish has to end in time. Afterwards (`aftermath`) no lease may be left and the
-server's memory, host and GPU, must be what it was after the first publishes. Prints one JSON line; exits 1 when anything
-was wrong.
+server's memory, host and GPU, must be what it was after the first publishes. Prints one JSON line; exits 1 when
+anything was wrong.
 """
 
 from __future__ import annotations
