@@ -5,8 +5,8 @@
 `gpu_model` makes the model and its adapters in DIR. `step_us` is the pace of the
 scheduler's turns without the profiler, what a client sees beside HTTP; `busy_us` is for how much of a profiled turn the
 device has something to do. Kernels come from torch's profiler; those that start early count their wait for the one
-before them, so their sum may exceed the step. A prefill is that many prompt tokens of one request, operation by
-operation, and `step_us` the time until its token is there.
+before them, so their sum may exceed the step. A prefill is that many prompt tokens of one request, or of each of
+--prompts at once, operation by operation, and `step_us` the time until every token is there.
 """
 
 from __future__ import annotations
@@ -108,11 +108,11 @@ class Bench:
         figures = {"rows": rows, "adapters": num_adapters, "context": context}
         return figures | {"step_us": 1e6 * np.mean(times), "busy_us": busy_us}, kernels
 
-    def prefill(self, tokens: int, num_adapters: int) -> tuple[dict[str, Any], list[Kernel]]:
-        """A step of a prompt of so many tokens."""
+    def prefill(self, tokens: int, num_adapters: int, prompts: int) -> tuple[dict[str, Any], list[Kernel]]:
+        """The steps of so many prompts of so many tokens."""
 
         def turn() -> None:
-            self.submit([min(num_adapters, 1)], tokens, 1)
+            self.submit([min(num_adapters, 1)] * prompts, tokens, 1)
             while not self.scheduler.busy:
                 self.scheduler.step()
             while self.scheduler.busy:
@@ -120,7 +120,7 @@ class Bench:
 
         times = [_seconds(turn) for _ in range(6)][2:]
         kernels, busy_us = self._profiled(turn, 3)
-        figures = {"prompt": tokens, "adapters": num_adapters}
+        figures = {"prompt": tokens, "prompts": prompts, "adapters": num_adapters}
         return figures | {"step_us": 1e6 * np.mean(times), "busy_us": busy_us}, kernels
 
 
@@ -208,6 +208,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, nargs="+", default=[0, 1, 4])
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--prefill", type=int, nargs="*", default=[8192])
+    parser.add_argument("--prompts", type=int, default=1, help="of each length, sent at once (default: %(default)s)")
     parser.add_argument("--kernels", type=int, default=12, help="single kernels to print of each case")
     parser.add_argument("--timeline", type=int, default=0, help="kernels to print in their order, of each case")
     parser.add_argument("--server-args", default="", help="more launch flags, as one string")
@@ -221,7 +222,7 @@ def main() -> None:
         )
         for adapters in args.adapters:
             cases = [bench.decode(rows, adapters, args.context) for rows in args.rows]
-            cases += [bench.prefill(tokens, adapters) for tokens in args.prefill]
+            cases += [bench.prefill(tokens, adapters, args.prompts) for tokens in args.prefill]
             for figures, kernels in cases:
                 record = report(figures, kernels, args.kernels)
                 if args.out:

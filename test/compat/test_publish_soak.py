@@ -29,12 +29,8 @@ def test_training_traffic_leaves_nothing_behind(tmp_path: Path):
         assert report["violations"] == 0 and run.returncode == 0, (report, server.log[-4000:])
     counts = report["counts"]
     assert report["publishes"] > 10
-    assert (
-        min(
-            counts[name] for name in ("answers_proven", "answers_clear", "disconnects", "finish_abort", "finish_length")
-        )
-        > 0
-    )
+    for name in ("answers_proven", "answers_clear", "disconnects", "finish_abort", "finish_length"):
+        assert counts[name] > 0, name
 
 
 @pytest.fixture

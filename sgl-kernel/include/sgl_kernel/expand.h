@@ -65,7 +65,7 @@ struct UStrip {
     SGL_UNROLL
     for (int step = 0; step < kSteps; ++step) load(held[step], module, 16 * step);
   }
-  // Without a branch, so that in a loop over rows the masks are made once.
+  // Without a branch: it would become predicates of every instruction, and they are more than the masks.
   __device__ __forceinline__ void load(Vec4 (&rows)[Strip::kRows], const Module& module, int begin) const {
     const int k = begin + Strip::k(), left = module.rank - k;
     const uint32_t low = left >= 2 ? ~0u : left == 1 ? 0xffffu : 0u, high = left >= 4 ? ~0u : left == 3 ? 0xffffu : 0u;

@@ -366,11 +366,10 @@ SGL_DEVICE void mma(Strip<kTokens>& d, const Vec4 (&u)[Strip<kTokens>::kRows], c
   for (int j = 0; j < Strip<kTokens>::kParts; ++j) {
     float* const low = d.v[0] + 2 * j;
     float* const high = kLast ? d.v[kLast] + 2 * j : unused;
-    // Outputs apart from inputs: zeros to begin with need no registers, and u, which all parts need, is not copied for each.
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
-        : "=&f"(low[0]), "=&f"(low[1]), "=&f"(high[0]), "=&f"(high[1])
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(low[0]), "+f"(low[1]), "+f"(high[0]), "+f"(high[1])
         : "r"(u[0].w[0]), "r"(kLast ? u[kLast].w[0] : 0), "r"(u[0].w[1]), "r"(kLast ? u[kLast].w[1] : 0), "r"(b[j].w[0]),
-          "r"(b[j].w[1]), "f"(low[0]), "f"(low[1]), "f"(high[0]), "f"(high[1]));
+          "r"(b[j].w[1]));
   }
 #else
   using Short4 = short __attribute__((ext_vector_type(4)));
