@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -290,6 +291,28 @@ def test_memory_is_locked_before_it_is_needed(blocks: int, count: int, monkeypat
     assert locked == []
     AdapterCopier({}, slabs, tight=False, pin=True, warm=5)
     assert locked == [nbytes] * count
+
+
+def test_locked_memory_is_kept_until_the_first_adapter_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given back before that, it would be gone with torch's cache of it, which capturing a graph empties."""
+    given: list[weakref.ref[torch.Tensor]] = []
+    alive = list[int]()
+
+    def empty(_: AdapterCopier, nbytes: int) -> torch.Tensor:
+        alive.append(sum(ref() is not None for ref in given))
+        memory = torch.empty(nbytes, dtype=torch.uint8)
+        given.append(weakref.ref(memory))
+        return memory
+
+    monkeypatch.setattr(AdapterCopier, "_empty", empty)
+    slabs = ModelSlabs({O0: LAYER["self_attn.o_proj"]}, 8, "float32")
+    copier = AdapterCopier({O0: Place(O0, 0, slabs.places[O0])}, slabs, tight=False, pin=True, warm=3)
+    assert alive == [0, 1, 2]
+    monkeypatch.setattr(copier, "_pin", False)  # there may be no device
+    adapter = write_adapter(tmp_path / "a", random_modules({O0: 8}, 1))
+    with AdapterFile(adapter) as file:
+        copier.copy(adapter, file)
+    assert alive == [0, 1, 2, 0]
 
 
 def test_a_file_that_became_shorter_is_an_error(tmp_path: Path) -> None:

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 from kernels.mock_driver import DriverError, Machine, mock_library
 from kernels.mock_driver.build import Build, build
-from kernels.mock_driver.calls import CASES, check_launch, fused_add_rmsnorm, rmsnorm, skinny_gemm
+from kernels.mock_driver.calls import (
+    CASES,
+    check_launch,
+    decode,
+    fused_add_rmsnorm,
+    qk_norm_rope,
+    rmsnorm,
+    silu_and_mul,
+    skinny_gemm,
+)
 from kernels.mock_driver.code_objects import Kernels, cubins, cuda_kernels
 from kernels.mock_driver.geometry import Geometry
 
@@ -243,6 +252,25 @@ def test_programmatic_launch(shared_machine: Machine, geometry: Geometry, overla
     log = shared_machine.log()
     assert [entry["overlap"] for entry in log if entry["call"] == "launch"] == [overlap]
     assert [entry["percent"] for entry in log if entry["call"] == "carveout"] == [100] * overlap
+
+
+@pytest.mark.parametrize(("tokens", "overlap", "capability", "expected"), [
+    (1, True, 9, 1), (64, True, 9, 1), (65, True, 9, 0), (64, False, 9, 0), (64, True, 8, 0),
+])  # fmt: skip
+def test_a_rehearsal_is_for_kernels_that_start_early(
+    machine: Machine, geometry: Geometry, tokens: int, overlap: bool, capability: int, expected: int
+) -> None:
+    """Which they do behind products of ours, those of up to 64 rows."""
+    machine.mock("machine", 1, 100, capability)
+    calls = [
+        fused_add_rmsnorm(machine.tensors(), geometry, tokens, 512, 16),
+        silu_and_mul(machine.tensors(), geometry, tokens, 1544, 16, adapters=False),
+        qk_norm_rope(machine.tensors(), geometry, tokens, 128, 16, adapters=False),
+    ]
+    for call in calls:
+        assert call.args[-1] is False
+        launch = machine.launch(call.function, *call.args[:-1], overlap)
+        assert decode(launch).rehearse == expected
 
 
 def test_before_hopper_there_are_neither_clusters_nor_programmatic_launches(

@@ -34,6 +34,7 @@ class Rows:
     Attributes:
         u: of the rows in `order`, columns that are no one's NaN.
         held: ranks that the kernel keeps in registers, by the layout's largest rank.
+        rehearse: whether kernels that can have a rehearsal: with the tiles of decoding.
         order: which of the rows take part, and where: row i of the launch is row order[i] of the data. Empty: all.
     """
 
@@ -49,6 +50,7 @@ class Rows:
 
     def __post_init__(self) -> None:
         self.order = list(self.order or range(self.tokens))
+        self.rehearse = self.tile == 16
         if self.slots is None:
             return
         self.adapters = Adapters(self.gpu, 8, self.out_features, self.ranks, NUM_SLOTS, seed=self.seed)
@@ -144,6 +146,7 @@ def run_norm(
         held=gpu.geometry("norm_held", *sizes),
         eps=EPS,
         mean=np.float32(1) / np.float32(hidden),
+        rehearse=rows.rehearse,
         delta=delta,
     )
     pieces = rows.tile // block if max_tiles else 1
@@ -242,6 +245,7 @@ def run_activation(rows: Rows, x: Bits) -> Bits:
         inner=inner,
         block_tokens=block_tokens(rows),
         piece_bits=(rows.tile // block_tokens(rows)).bit_length() - 1,
+        rehearse=rows.rehearse,
         delta=delta,
     )
     gpu.launch(
@@ -252,7 +256,7 @@ def run_activation(rows: Rows, x: Bits) -> Bits:
             rows.grid_y(max_tiles << args.piece_bits, gpu.geometry("kActivationRows")),
         ),
         gpu.geometry("activation_threads", gpu.warp),
-        0,
+        gpu.geometry("walk_shared_bytes", gpu.warp, 128, 2) if lora and rows.tile == 64 else 0,
         seed=rows.seed,
     )
     return taken(out)
@@ -338,6 +342,7 @@ def run_rope(rows: Rows, data: Heads) -> tuple[Bits, Bits, Bits]:
         block_tokens=block_tokens(rows),
         piece_bits=(rows.tile // block_tokens(rows)).bit_length() - 1,
         eps=EPS,
+        rehearse=rows.rehearse,
         delta=delta,
     )
     gpu.launch(
@@ -345,7 +350,7 @@ def run_rope(rows: Rows, data: Heads) -> tuple[Bits, Bits, Bits]:
         args,
         (head_blocks, rows.grid_y(max_tiles << args.piece_bits, gpu.geometry("kRopeRows"))),
         gpu.geometry("rope_threads", gpu.warp, dim, block_heads, lora),
-        gpu.geometry("rope_shared_bytes", dim, block_heads, lora),
+        gpu.geometry("rope_shared_bytes", gpu.warp, dim, block_heads, rows.tile, lora),
         seed=rows.seed,
     )
     return taken(qkv), pools[0], pools[1]

@@ -68,8 +68,7 @@ class Mutant:
 WAIT = " wait_for_previous_kernel()"
 STEPS = "for (int step = 0; step < kSteps; ++step)"
 WAITS = "    wait_for_previous_kernel();\n"
-INPUTS = "    Inputs next = load("
-FIRST = "    load(even);\n"
+FIRST = "    fetch(first_rows, 0);\n"
 HELD = f"{STEPS} load(held[step], module, 16 * step + Strip::k());"
 UNITS_LOOP = "for (int unit = first; work.exists(unit); unit = work.next(unit)) {"
 SUMS = "Accumulator even = {}, odd = {};"
@@ -377,7 +376,11 @@ EXPAND_MUTANTS = {
         EXPAND, f"module.rank == 0) return{WAIT};", "module.rank == 0) return;", NEVER
     ),
     "a product by some lanes": Mutant(
-        STRIP, "if (16 * step < module.rank) mma", "if (16 * step < module.rank && lane_id() < 8) mma", STUCK, VENDORS
+        STRIP,
+        "if (16 * step < module.rank) multiply_add",
+        "if (16 * step < module.rank && lane_id() < 8) multiply_add",
+        STUCK,
+        VENDORS,
     ),
     "wrong columns of B": Mutant(STRIP, "Strip::part(j) : last;", "Strip::part(j ^ 1) : last;", NUMBERS, VENDORS),
     "ranks of B in another order than those of u": Mutant(
@@ -388,13 +391,13 @@ EXPAND_MUTANTS = {
         VENDORS,
     ),
     "all lanes bring the first ranks of u": Mutant(
-        STRIP, "begin + Strip::k(), left", "begin + Strip::k() % 4, left", NUMBERS
+        STRIP, "const int k = begin + Strip::k();", "const int k = begin + Strip::k() % 4;", NUMBERS
     ),
     "no mask of columns": Mutant(
         STRIP, "Strip::part(j) < last ? Strip::part(j) : last;", "Strip::part(j);", OUTSIDE, VENDORS
     ),
     "no mask of ranks of B": Mutant(STRIP, "(k < module.b_stride ? k : 0)", "k", f"{NUMBERS}|{OUTSIDE}", VENDORS),
-    "no mask of ranks of u": Mutant(STRIP, "module.rank - k;", "module.b_stride - k;", NUMBERS, VENDORS),
+    "no mask of ranks of u": Mutant(STRIP, "module.rank - begin", "module.b_stride - begin", NUMBERS, VENDORS),
     "no mask of ranks beyond all of u": Mutant(
         STRIP, "left >= 2 ? ~0u : left == 1 ? 0xffffu : 0u", "left == 1 ? 0xffffu : ~0u", NUMBERS, VENDORS
     ),
@@ -440,6 +443,9 @@ EXPAND_MUTANTS = {
     "adds to the first rows of a tile again and again": Mutant(
         EXPAND, "strip(rows, begin);", "strip(rows, 0);", NUMBERS, VENDORS
     ),
+    "every strip is a tile's first": Mutant(
+        ROWS, "index = begin + Strip::row(i);", "index = Strip::row(i);", f"race|{NUMBERS}", VENDORS
+    ),
     "adds to rows of other tiles": Mutant(
         ROWS,
         "mine[i] = index < rows.count;\n      row[i] = rows.perm[rows.first + (mine[i] ? index : rows.count - 1)];",
@@ -454,19 +460,26 @@ EXPAND_MUTANTS = {
 
 NORM_MUTANTS = {
     "a block's barrier before the sums are read": Mutant(
-        NORM, "if (cluster_size() > 1) cluster_barrier();\n    else barrier();", "barrier();", RACE
+        NORM, "if (cluster_size() > 1) cluster_barrier();\n      else barrier();", "barrier();", RACE
     ),
     "no barrier before the sums are read": Mutant(
-        NORM, "if (cluster_size() > 1) cluster_barrier();\n    else barrier();\n", "", RACE, VENDORS
+        NORM, "if (cluster_size() > 1) cluster_barrier();\n      else barrier();\n", "", RACE, VENDORS
     ),
     "no barrier before the scales are read": Mutant(
-        NORM, "compute_scales();\n    barrier();", "compute_scales();", RACE, VENDORS
+        NORM, "compute_scales();\n      barrier();", "compute_scales();", RACE, VENDORS
     ),
     "writes to blocks that may not have started": Mutant(
         NORM, "if (cluster_size() > 1) cluster_started();", "", "may not have started"
     ),
     "does not wait for the weight": Mutant(NORM, "async_wait<0>();", "", ON_ITS_WAY),
-    "does not wait for the previous kernel": Mutant(NORM, "    wait_for_previous_kernel();\n", "", EARLY, VENDORS),
+    "does not wait for the previous kernel": Mutant(
+        ROWS, "    if (live) wait_for_previous_kernel();\n", "", EARLY, VENDORS
+    ),
+    "a rehearsal has rows": Mutant(NORM, "return live && row[i] >= 0", "return row[i] >= 0", EARLY, VENDORS),
+    "a rehearsal has u": Mutant(NORM, "module.b != nullptr && live", "module.b != nullptr", EARLY, VENDORS),
+    "a rehearsal has sums": Mutant(NORM, "if (live && i < rows.count)", "if (i < rows.count)", RACE, VENDORS),
+    "a rehearsal is all there is": Mutant(ROWS, "    if (live) return;\n", "    return;\n", NEVER, VENDORS),
+    "a rehearsal takes B of other turns": Mutant(NORM, "live ? args.turns : 1;", "args.turns;", NUMBERS, HIP),
     "a block that has no rows does not wait": Mutant(NORM, f"return{WAIT};", "return;", NEVER, VENDORS),
     "every block pushes to where the first one's sums are": Mutant(
         NORM, "(first / kNormPart + lanes.part(turn))", "lanes.part(turn)", RACE
@@ -502,7 +515,7 @@ NORM_MUTANTS = {
     ),
     "inputs of the turn before": Mutant(NORM, "next = load(turn + 1);", "next = load(turn);", NUMBERS),
     "inputs of the first turn": Mutant(NORM, "next = load(turn);", "next = load(0);", NUMBERS, HIP),
-    "a turn too few": Mutant(NORM, "turn < args.turns; ++turn) {", "turn < args.turns - 1; ++turn) {", RACE, VENDORS),
+    "a turn too few": Mutant(NORM, "turn < turns; ++turn) {", "turn < turns - 1; ++turn) {", RACE, VENDORS),
     "keeps B of the turn before": Mutant(NORM, "        b = next_b;\n", "", NUMBERS),
     "warps take the same parts": Mutant(NORM, "turn * kWarps + warp_id();", "turn * kWarps;", "race"),
     "the residual is not added": Mutant(NORM, "add(sum, unpack(now.residual[i]))", "(void)0", NUMBERS),
@@ -573,7 +586,7 @@ NORM_MUTANTS = {
     "a part too few": Mutant(NORM, "part < all; part += 16", "part < all - 1; part += 16", NUMBERS),
     "sixteen parts": Mutant(NORM, "part < all; part += 16", "part < 16; part += 16", NUMBERS),
     "leaves half of sixteen sums out": Mutant(NORM, "int mask = 8; mask > 0", "int mask = 4; mask > 0", NUMBERS, HIP),
-    "reads sums of rows that are not there": Mutant(NORM, "      if (i < rows.count)\n", "", RACE),
+    "reads sums of rows that are not there": Mutant(NORM, "      if (live && i < rows.count)\n", "", RACE),
     "weight of the first block": Mutant(NORM, "args.weight + first + i, 16", "args.weight + i, 16", NUMBERS),
     "reads weights that were not fetched": Mutant(
         NORM,
@@ -609,27 +622,61 @@ NORM_MUTANTS = {
 ACTIVATION_MUTANTS = {
     "does not wait for the previous kernel": Mutant(ACTIVATION, f"{WAITS}{FIRST}", FIRST, EARLY, VENDORS),
     "plain: does not wait for the previous kernel": Mutant(
-        ACTIVATION, "  let_next_kernel_start();\n  wait_for_previous_kernel();\n", "", EARLY, HIP
+        ROWS, "    if (live) wait_for_previous_kernel();\n", "", EARLY, HIP
     ),
-    "plain: a block of nobody's columns does not wait": Mutant(
-        ACTIVATION,
-        "  wait_for_previous_kernel();\n  const int column =",
-        "  const int column =",
-        f"{EARLY}|{NEVER}",
+    "plain: a rehearsal has rows": Mutant(
+        ACTIVATION, "live && column < args.inner", "column < args.inner", EARLY, VENDORS
     ),
     "a block that has no rows does not wait": Mutant(ACTIVATION, f"return{WAIT};", "return;", NEVER, VENDORS),
     "gate for up": Mutant(ACTIVATION, "silu_times(gate_sum, up_sum)", "silu_times(up_sum, gate_sum)", NUMBERS),
-    "u of gate for up": Mutant(ACTIVATION, "up_u.fetch(up,", "up_u.fetch(gate,", NUMBERS),
+    "u of gate for up": Mutant(ACTIVATION, "fetch_u(strip, 1, up, at)", "fetch_u(strip, 1, gate, at)", NUMBERS),
     "B of gate for up": Mutant(ACTIVATION, "up_b.fetch(up,", "up_b.fetch(gate,", NUMBERS, HIP),
     "term of gate for up": Mutant(ACTIVATION, "up, up_term, i)", "up, gate_term, i)", NUMBERS),
-    "keeps the inputs of the strip before": Mutant(ACTIVATION, "    load(in);\n", "", NUMBERS),
-    "the next strip for this one": Mutant(ACTIVATION, "finish(even);", "finish(odd);", NUMBERS, VENDORS),
-    "the strip before for this one": Mutant(ACTIVATION, "finish(odd);", "finish(even);", NUMBERS, VENDORS),
-    "reads x too early": Mutant(ACTIVATION, f"{WAITS}{FIRST}", f"{FIRST}{WAITS}", EARLY),
-    "keeps the rows of the strip before": Mutant(
-        ACTIVATION, "    in.at = StripRows<Strip>(rows, begin);\n", "", f"race|{NUMBERS}", HIP
+    "inputs of the first strip": Mutant(ACTIVATION, "finish(at, strip);", "finish(at, 0);", NUMBERS, VENDORS),
+    "u of the first strip": Mutant(ACTIVATION, "get_u(strip, 0, gate, at)", "get_u(0, 0, gate, at)", NUMBERS),
+    "reads inputs that are on their way": Mutant(
+        ROWS, "async_wait<kStrips - 1>();", "async_wait<kStrips>();", ON_ITS_WAY
     ),
-    "reads gate for up": Mutant(ACTIVATION, "in.up[i] = load_vec(x + args.inner);", "in.up[i] = load_vec(x);", NUMBERS),
+    "reads strips that are on their way": Mutant(
+        ACTIVATION, "      inputs.fetched();\n    }\n  }", "    }\n  }", ON_ITS_WAY
+    ),
+    "waits for nothing": Mutant(ROWS, "{ async_wait<kStrips - 1>(); }", "{}", ON_ITS_WAY),
+    "threads share their place": Mutant(
+        ROWS, "static_cast<Vec8*>(shared) + thread_id()),", "static_cast<Vec8*>(shared) + lane_id()),", RACE, VENDORS
+    ),
+    "u is where x is": Mutant(
+        ROWS,
+        "kStrips * 2 * kRows * kThreads) + thread_id()",
+        "kStrips * kRows * kThreads) + thread_id()",
+        f"{RACE}|{ON_ITS_WAY}|{NUMBERS}",
+        VENDORS,
+    ),
+    "parts share their place": Mutant(
+        ROWS, "async_copy16(x + ((strip * 2 + part)", "async_copy16(x + ((strip * 2)", f"{RACE}|{ON_ITS_WAY}", VENDORS
+    ),
+    "factors share their place": Mutant(
+        ROWS, "(strip * kFactors + factor)", "(strip * kFactors)", f"{NUMBERS}|{ON_ITS_WAY}", VENDORS
+    ),
+    "reads x too early": Mutant(ACTIVATION, f"{WAITS}{FIRST}", f"{FIRST}{WAITS}", EARLY),
+    "rows of the first strip": Mutant(
+        ACTIVATION, "kMany ? strips(strip) : first_rows", "first_rows", f"race|{NUMBERS}", HIP
+    ),
+    "inputs of the first strip for all": Mutant(
+        ACTIVATION, "fetch(strips(strip), strip)", "fetch(first_rows, strip)", NUMBERS, VENDORS
+    ),
+    "rows of the first lanes": Mutant(
+        ROWS, "kHeld == 1 || begin < kWarp ? held[0] : held[kHeld - 1]", "held[0]", f"race|{NUMBERS}"
+    ),
+    "rows of another lane": Mutant(
+        ROWS, "(begin + Strip::row(i)) % kWarp", "Strip::row(i) % kWarp", f"race|{NUMBERS}", VENDORS
+    ),
+    "asks for rows beyond the tile": Mutant(ROWS, "(index < count ? index : count - 1)", "index", OUTSIDE, VENDORS),
+    "a strip's rows beyond the tile": Mutant(
+        ROWS, "strip * Strip::kTokens + Strip::row(i) < count", "true", "race", VENDORS
+    ),
+    "reads gate for up": Mutant(
+        ACTIVATION, "inputs.fetch(strip, 1, i, x + args.inner);", "inputs.fetch(strip, 1, i, x);", NUMBERS
+    ),
     "module of gate for up": Mutant(
         ACTIVATION, "rows.slot, rows.rank, 1)", "rows.slot, rows.rank, 0)", NUMBERS, VENDORS
     ),
@@ -645,14 +692,14 @@ ACTIVATION_MUTANTS = {
     ),
     "no mask of columns": Mutant(
         ACTIVATION,
-        "if (in.at.mine[i] && Strip::column() < left)",
-        "if (in.at.mine[i])",
+        "if (at.mine[i] && Strip::column() < left)",
+        "if (at.mine[i])",
         f"{OUTSIDE}|race|{NUMBERS}",
         VENDORS,
     ),
     "rows beyond the tile": Mutant(
         ACTIVATION,
-        "if (in.at.mine[i] && Strip::column() < left)",
+        "if (at.mine[i] && Strip::column() < left)",
         "if (Strip::column() < left)",
         f"race|{OUTSIDE}",
         VENDORS,
@@ -661,19 +708,14 @@ ACTIVATION_MUTANTS = {
         ACTIVATION, "(block_x() * kActivationWarps + warp_id()) * S", "(block_x() * kActivationWarps) * S", "race"
     ),
     "the first strip of a tile alone": Mutant(
-        ACTIVATION, "      if (!kMany || begin >= rows.count) return;\n", "      return;\n", NUMBERS, VENDORS
+        ACTIVATION, "      if (!kMany) return;\n", "      return;\n", NUMBERS, VENDORS
     ),
-    "the first strips of a tile alone": Mutant(
-        ACTIVATION, "while (begin < rows.count)", "while (false)", NUMBERS, VENDORS
-    ),
-    "plain: rows behind the last token": Mutant(
-        ACTIVATION, "if (first + i >= args.tokens) continue;", "", OUTSIDE, VENDORS
-    ),
+    "plain: rows behind the last token": Mutant(ACTIVATION, "if (i >= rows) continue;", "", EARLY, VENDORS),
     "plain: stores rows behind the last token": Mutant(
-        ACTIVATION, "    if (first + i < args.tokens)\n", "", f"{OUTSIDE}|{NUMBERS}"
+        ACTIVATION, "if (i < rows) store_vec", "store_vec", f"{OUTSIDE}|{NUMBERS}|{EARLY}"
     ),
     "plain: no mask of columns": Mutant(
-        ACTIVATION, "if (column >= args.inner) return;", "", f"{OUTSIDE}|race|{NUMBERS}", VENDORS
+        ACTIVATION, "live && column < args.inner ?", "live ?", f"{OUTSIDE}|race|{NUMBERS}", VENDORS
     ),
     "adds a zero to rows of the base model": Mutant(STRIP, "  if (module.rank == 0) return;\n", "", NUMBERS, VENDORS),
     "a tile is one piece": Mutant(
@@ -687,9 +729,6 @@ ACTIVATION_MUTANTS = {
     ),
     "forgets where a tile starts": Mutant(
         ROWS, "rows.perm[rows.first + (mine[i]", "rows.perm[(mine[i]", f"race|{NUMBERS}", VENDORS
-    ),
-    "every strip is a tile's first": Mutant(
-        ROWS, "index = begin + Strip::row(i);", "index = Strip::row(i);", f"race|{NUMBERS}", VENDORS
     ),
 }
 
@@ -708,10 +747,15 @@ ROPE_MUTANTS = {
     "sums of the first head": Mutant(ROPE, "sums + warp_id() / kWarps * kWarps * 16;", "sums;", NUMBERS, VENDORS),
     "squares of one warp": Mutant(ROPE, " + own[(other + 1) * 16 + Strip::row(i)]", "", NUMBERS),
     "squares of the first row": Mutant(ROPE, "own[other * 16 + Strip::row(i)]", "own[other * 16]", NUMBERS),
-    "does not wait for the previous kernel": Mutant(ROPE, f"{WAITS}{INPUTS}", INPUTS, EARLY, VENDORS),
-    "reads qkv too early": Mutant(ROPE, f"{WAITS}{INPUTS}next_strip);\n", f"{INPUTS}next_strip);\n{WAITS}", EARLY),
+    "does not wait for the previous kernel": Mutant(ROPE, f"{WAITS}{FIRST}", FIRST, EARLY, VENDORS),
+    "reads qkv too early": Mutant(ROPE, f"{WAITS}{FIRST}", f"{FIRST}{WAITS}", EARLY),
     "plain: does not wait for the previous kernel": Mutant(
-        ROPE, "    if (i == begin) wait_for_previous_kernel();\n", "", EARLY
+        ROWS, "    if (live) wait_for_previous_kernel();\n", "", EARLY
+    ),
+    "plain: a rehearsal reads qkv": Mutant(ROPE, "head.load(row, live && mine)", "head.load(row, mine)", EARLY),
+    "plain: a rehearsal writes": Mutant(ROPE, "row, loc, live && mine)", "row, loc, mine)", EARLY),
+    "plain: the weight of the first head": Mutant(
+        ROPE, "      if (i > begin) weight = head.weight(), bias = head.bias();\n", "", NUMBERS
     ),
     "a block that has no rows does not wait": Mutant(ROPE, f"return{WAIT};", "return;", NEVER, HIP),
     "B of the first half for the second": Mutant(
@@ -759,21 +803,25 @@ ROPE_MUTANTS = {
     "rows beyond the tile": Mutant(
         ROPE, "if (!mine || !exists) return;", "if (!exists) return;", f"{OUTSIDE}|race", VENDORS
     ),
-    "the first rows of a tile alone": Mutant(ROPE, "while (kMany && begin < rows.count)", "while (false)", NUMBERS),
-    "keeps the inputs of the strip before": Mutant(ROPE, "        next = load(next_strip);\n", "", f"race|{NUMBERS}"),
-    "u of the next strip": Mutant(ROPE, "u.fetch(module, strip.row);", "u.fetch(module, next_strip.row);", NUMBERS),
+    "the first rows of a tile alone": Mutant(ROPE, "      if (!kMany) return;\n", "      return;\n", NUMBERS),
+    "inputs of the first strip": Mutant(
+        ROPE, "finish(at, strip, places);", "finish(at, 0, places);", f"race|{NUMBERS}"
+    ),
+    "inputs of the first strip for all": Mutant(
+        ROPE, "fetch(strips(strip), strip)", "fetch(first_rows, strip)", f"race|{NUMBERS}"
+    ),
+    "u of the first strip": Mutant(ROPE, "get_u(strip, 0, module, at)", "get_u(0, 0, module, at)", NUMBERS),
+    "reads strips that are on their way": Mutant(ROPE, "      inputs.fetched();\n    }\n  }", "    }\n  }", ON_ITS_WAY),
     "angles of the first rows in every strip": Mutant(
-        ROPE, "if (kMany) load_turns(", "if (kMany && begin <= Strip::kTokens) load_turns(", NUMBERS, VENDORS
+        ROPE, "if (kMany) load_turns(places, strip)", "if (kMany) load_turns(places, 0)", NUMBERS, VENDORS
     ),
     "places of the first row": Mutant(
-        ROPE, "strip.row[i], at.loc[i]", "strip.row[i], head.loc(rows.perm[rows.first])", f"race|{NUMBERS}"
+        ROPE, "places.loc_of(strip, i), at", "head.loc(rows.perm[rows.first]), at", f"race|{NUMBERS}"
     ),
-    "places of the next strip": Mutant(
-        ROPE, "strip.row[i], at.loc[i]", "strip.row[i], next_places.loc[i]", f"race|{NUMBERS}"
+    "places of the first strip": Mutant(
+        ROPE, "places.loc_of(strip, i), at", "places.loc_of(0, i), at", f"race|{NUMBERS}"
     ),
-    "keeps the rows of the strip before": Mutant(
-        ROPE, "        next_strip = StripRows<Strip>(rows, begin);\n", "", f"race|{NUMBERS}", HIP
-    ),
+    "rows of the first strip": Mutant(ROPE, "kMany ? strips(strip) : first_rows", "first_rows", f"race|{NUMBERS}", HIP),
     "heads take the same columns": Mutant(
         ROPE, "block_x() * args_.block_heads + warp_id() / kWarps", "block_x() * args_.block_heads", f"race|{STUCK}"
     ),
@@ -787,9 +835,7 @@ ROPE_MUTANTS = {
         "neighbouring_rows(args.tokens, 0, kRopeRows)",
         f"race|{NUMBERS}",
     ),
-    "plain: a head too few": Mutant(
-        ROPE, "i < begin + args.block_heads && i < heads", "i < begin + args.block_heads - 1 && i < heads", NUMBERS
-    ),
+    "plain: a head too few": Mutant(ROPE, "live ? args.block_heads : 1", "live ? args.block_heads - 1 : 1", NUMBERS),
 }
 
 
@@ -1197,6 +1243,7 @@ def run_rope_kernels(make: Callable[[], Gpu]) -> None:
         assert_heads(rows, data, *run_rope(rows, data))
     data = Heads(18, 128, 3, 1)
     rows = Rows(make(), data.widths, 18, tile=64)
+    rows.rehearse = True
     assert_heads(rows, data, *run_rope(rows, data))
 
 

@@ -42,6 +42,13 @@ struct Term {
 // few to keep every multiprocessor busy.
 constexpr int kManyTokens = 1024;
 
+// Up to so many rows products are ours and let the next kernel start early enough for a rehearsal.
+constexpr int kRehearsedTokens = 64;
+
+bool rehearse(int tokens, bool overlap, const Place& place) {
+  return overlap && tokens <= kRehearsedTokens && driver::device(place.device_id).max_cluster > 1;
+}
+
 int tile_of(const Term& term, int tokens) { return term.present ? term.tile : tokens < kManyTokens ? 16 : 64; }
 
 void launch_norm(NormArgs& args, const Term& term, const Place& place, bool overlap) {
@@ -56,6 +63,7 @@ void launch_norm(NormArgs& args, const Term& term, const Place& place, bool over
     args.block_tokens = tile == 16 ? 1 : 4;
     rows = ceil_div(args.tokens, args.block_tokens);
   }
+  args.rehearse = rehearse(args.tokens, overlap, place);
   args.mean = 1.f / static_cast<float>(args.hidden);
   args.parts = norm_block_parts(args.hidden, cluster);
   args.turns = norm_turns(warp, args.hidden, cluster, args.block_tokens, strip);
@@ -117,11 +125,13 @@ void silu_and_mul(TensorView x, TensorView out, ffi::Optional<TensorView> u, int
   args.out_stride = out.stride(0);
   args.tokens = static_cast<int32_t>(x.size(0));
   args.inner = static_cast<int32_t>(out.size(1));
+  args.rehearse = rehearse(args.tokens, overlap, place);
   const Term term(u, u_slot_stride, slabs, site, words, shape, args.tokens);
   args.delta = term.delta;
   const int warp = driver::kWarp, rows = term.present ? term.tiles * term.pieces() : ceil_div(args.tokens, kActivationRows);
   if (term.present) args.block_tokens = term.rows(), args.piece_bits = term.piece_bits();
-  const driver::Grid grid{activation_blocks(warp, args.inner, term.present), rows, activation_threads(warp), 0, 1, overlap};
+  const int shared = term.present && term.tile == kWalkTokens ? walk_shared_bytes(warp, activation_threads(warp), 2) : 0;
+  const driver::Grid grid{activation_blocks(warp, args.inner, term.present), rows, activation_threads(warp), shared, 1, overlap};
   const char* name = term.choose("silu_and_mul", "silu_and_mul_16x16", "silu_and_mul_16x64", "silu_and_mul_64x16", "silu_and_mul_64x64");
   driver::launch(name, place.device_id, place.stream, grid, &args, sizeof(args));
 }
@@ -164,6 +174,7 @@ void qk_norm_rope(TensorView qkv, int64_t num_heads, int64_t num_kv_heads, int64
   args.tokens = static_cast<int32_t>(qkv.size(0));
   args.num_heads = static_cast<int32_t>(num_heads);
   args.num_kv_heads = static_cast<int32_t>(num_kv_heads);
+  args.rehearse = rehearse(args.tokens, overlap, place);
   args.eps = static_cast<float>(eps);
   const Term term(u, u_slot_stride, slabs, site, words, shape, args.tokens);
   args.delta = term.delta;
@@ -175,7 +186,7 @@ void qk_norm_rope(TensorView qkv, int64_t num_heads, int64_t num_kv_heads, int64
   const driver::Grid grid{ceil_div(heads, args.block_heads),
                           term.present ? term.tiles * term.pieces() : ceil_div(args.tokens, kRopeRows),
                           rope_threads(warp, dim, args.block_heads, term.present),
-                          rope_shared_bytes(dim, args.block_heads, term.present),
+                          rope_shared_bytes(warp, dim, args.block_heads, tile, term.present),
                           1,
                           overlap};
   driver::launch(kernel, place.device_id, place.stream, grid, &args, sizeof(args));

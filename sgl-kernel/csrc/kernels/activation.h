@@ -18,41 +18,39 @@ SGL_DEVICE Vec8 silu_times(Float8 gate, const Float8& up) {
 // Grid: x = blocks of columns, y = ceil(tokens / kActivationRows).
 SGL_DEVICE void silu_and_mul_plain(const ActivationArgs& args) {
   let_next_kernel_start();
-  wait_for_previous_kernel();
   const int column = (block_x() * kActivationWarps * kWarp + thread_id()) * 8, first = block_y() * kActivationRows;
-  if (column >= args.inner) return;
-  Vec8 gate[kActivationRows], up[kActivationRows];
-  SGL_UNROLL
-  for (int i = 0; i < kActivationRows; ++i) {
-    if (first + i >= args.tokens) continue;
-    const bf16* x = args.x + (first + i) * args.x_stride + column;
-    gate[i] = load_vec(x);
-    up[i] = load_vec(x + args.inner);
-  }
-  SGL_UNROLL
-  for (int i = 0; i < kActivationRows; ++i)
-    if (first + i < args.tokens)
-      store_vec(args.out + (first + i) * args.out_stride + column, silu_times(unpack(gate[i]), unpack(up[i])));
+  after_previous_kernel(args.rehearse, [&](bool live) {
+    const int rows = live && column < args.inner ? args.tokens - first : 0;
+    Vec8 gate[kActivationRows] = {}, up[kActivationRows] = {};
+    SGL_UNROLL
+    for (int i = 0; i < kActivationRows; ++i) {
+      if (i >= rows) continue;
+      const bf16* x = args.x + (first + i) * args.x_stride + column;
+      gate[i] = load_vec(x);
+      up[i] = load_vec(x + args.inner);
+    }
+    SGL_UNROLL
+    for (int i = 0; i < kActivationRows; ++i) {
+      const Vec8 out = silu_times(unpack(gate[i]), unpack(up[i]));
+      if (i < rows) store_vec(args.out + (first + i) * args.out_stride + column, out);
+    }
+  });
 }
 
-// With one: a warp has 32 columns of gate and the same of up. With kMany it walks over the strips of a tile, the next one being
-// on its way: it has two places for inputs, by turns, because to move them from one to the other would be a tenth of the work.
+// With one: a warp has 32 columns of gate and the same of up. With kMany it walks over the strips of a tile.
 template <class Strip, int kSteps, bool kMany>
 struct SiluAndMul {
-  static constexpr int kRows = Strip::kRows;
-  struct Inputs {
-    StripRows<Strip> at;
-    Vec8 gate[kRows], up[kRows];
-  };
+  static constexpr int kRows = Strip::kRows, kStrips = kMany ? kWalkTokens / Strip::kTokens : 1;
 
   const ActivationArgs& args;
   const Rows& rows;
   int first, left;  // column of the warp; how many there are from it on
   Module gate, up;
   BStrip<Strip, kSteps> gate_b, up_b;
+  StripInputs<Strip, kSteps, kActivationWarps * kWarp, 2, kMany> inputs;
 
   __device__ __forceinline__ SiluAndMul(const ActivationArgs& args_, const Rows& rows_, int first_, int left_)
-      : args(args_), rows(rows_), first(first_), left(left_) {
+      : args(args_), rows(rows_), first(first_), left(left_), inputs(shared_memory()) {
     gate = module_of(args.delta, rows.slot, rows.rank, 0);
     up = module_of(args.delta, rows.slot, rows.rank, 1);
   }
@@ -62,53 +60,51 @@ struct SiluAndMul {
       gate_b.fetch(gate, first, left);
       up_b.fetch(up, first, left);
     }
-    Inputs even = {StripRows<Strip>(rows, 0)}, odd = even;
+    const StripSource<Strip, kMany> strips(rows);
+    const StripRows<Strip> first_rows = strips(0);
     wait_for_previous_kernel();
-    load(even);
-    int begin = 0;
-    do {
-      fetch_next(odd, begin + Strip::kTokens);
-      finish(even);
-      begin += Strip::kTokens;
-      if (!kMany || begin >= rows.count) return;
-      fetch_next(even, begin + Strip::kTokens);
-      finish(odd);
-      begin += Strip::kTokens;
-    } while (begin < rows.count);
+    fetch(first_rows, 0);
+    SGL_NO_UNROLL
+    for (int strip = 1; strip < kStrips; ++strip) fetch(strips(strip), strip);  // the last row again, where there are no more
+    SGL_NO_UNROLL
+    for (int strip = 0; strip * Strip::kTokens < rows.count; ++strip) {
+      const StripRows<Strip> at = kMany ? strips(strip) : first_rows;
+      inputs.wait();
+      finish(at, strip);
+      if (!kMany) return;
+      inputs.fetched();
+    }
   }
 
  private:
   // Lanes beyond the last column compute the last ones again.
   __device__ __forceinline__ int column() const { return first + (Strip::column() < left ? Strip::column() : left - 8); }
-  __device__ __forceinline__ void load(Inputs& in) const {
+  __device__ __forceinline__ void fetch(const StripRows<Strip>& at, int strip) {
     SGL_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      const bf16* x = row_at(args.x, in.at.row[i], args.x_stride) + column();
-      in.gate[i] = load_vec(x);
-      in.up[i] = load_vec(x + args.inner);
+      const bf16* x = row_at(args.x, at.row[i], args.x_stride) + column();
+      inputs.fetch(strip, 0, i, x);
+      inputs.fetch(strip, 1, i, x + args.inner);
     }
+    if (rows.slot >= 0) {
+      inputs.fetch_u(strip, 0, gate, at);
+      inputs.fetch_u(strip, 1, up, at);
+    }
+    inputs.fetched();
   }
-  __device__ __forceinline__ void fetch_next(Inputs& in, int begin) const {
-    if (!kMany || begin >= rows.count) return;
-    in.at = StripRows<Strip>(rows, begin);
-    load(in);
-  }
-  __device__ __forceinline__ void finish(const Inputs& in) const {
+  __device__ __forceinline__ void finish(const StripRows<Strip>& at, int strip) const {
     Strip gate_term = {}, up_term = {};
     if (rows.slot >= 0) {
-      UStrip<Strip, kSteps> gate_u, up_u;
-      gate_u.fetch(gate, in.at.row);
-      up_u.fetch(up, in.at.row);
-      gate_term = multiply(gate, gate_b, gate_u);
-      up_term = multiply(up, up_b, up_u);
+      gate_term = multiply(gate, gate_b, inputs.get_u(strip, 0, gate, at));
+      up_term = multiply(up, up_b, inputs.get_u(strip, 1, up, at));
     }
     SGL_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      Float8 gate_sum = unpack(in.gate[i]), up_sum = unpack(in.up[i]);
+      Float8 gate_sum = unpack(inputs.get(strip, 0, i)), up_sum = unpack(inputs.get(strip, 1, i));
       add_term(gate_sum, gate, gate_term, i);
       add_term(up_sum, up, up_term, i);
       const Vec8 out = silu_times(gate_sum, up_sum);
-      if (in.at.mine[i] && Strip::column() < left) store_vec(row_at(args.out, in.at.row[i], args.out_stride) + column(), out);
+      if (at.mine[i] && Strip::column() < left) store_vec(row_at(args.out, at.row[i], args.out_stride) + column(), out);
     }
   }
 };

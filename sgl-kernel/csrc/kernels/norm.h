@@ -66,6 +66,7 @@ struct AddNorm {
   float *sums, *scales;
   bf16* weight;
   Vec8* held;
+  bool live;  // not in a rehearsal, which has no rows
 
   __device__ __forceinline__ AddNorm(const NormArgs& args_, const Rows& rows_)
       : args(args_), rows(rows_), lanes(args_.block_tokens) {
@@ -98,49 +99,52 @@ struct AddNorm {
       async_copy16(weight + i, args.weight + first + i, 16);
     async_commit();
     if (cluster_size() > 1) cluster_started();  // so that their shared memory may be written
-    wait_for_previous_kernel();
-    UStrip<Strip, kHeldSteps> u;
-    Inputs next = load(0);
-    if (module.b != nullptr) fetch_u(u, module);
-    SGL_NO_UNROLL
-    for (int turn = 0; turn < args.turns; ++turn) {
-      if (!kAhead && turn > 0) {
-        next = load(turn);
-        if (module.b != nullptr) fetch_b(b, module, turn);
-      }
-      const Inputs now = next;
-      if (kAhead && turn + 1 < args.turns) next = load(turn + 1);
-      Strip term = {};
-      if (module.b != nullptr) {
-        term = multiply(module, b, u);
-        if (kAhead) {
-          b = next_b;
-          if (turn + 2 < args.turns) fetch_b(next_b, module, turn + 2);
+    after_previous_kernel(args.rehearse, [&](bool live_) {
+      live = live_;
+      const int turns = live ? args.turns : 1;
+      UStrip<Strip, kHeldSteps> u = {};
+      Inputs next = load(0);
+      if (module.b != nullptr && live) fetch_u(u, module);
+      SGL_NO_UNROLL
+      for (int turn = 0; turn < turns; ++turn) {
+        if (!kAhead && turn > 0) {
+          next = load(turn);
+          if (module.b != nullptr) fetch_b(b, module, turn);
+        }
+        const Inputs now = next;
+        if (kAhead && turn + 1 < turns) next = load(turn + 1);
+        Strip term = {};
+        if (module.b != nullptr) {
+          term = multiply(module, b, u);
+          if (kAhead) {
+            b = next_b;
+            if (turn + 2 < turns) fetch_b(next_b, module, turn + 2);
+          }
+        }
+        SGL_UNROLL
+        for (int i = 0; i < kRows; ++i) {
+          Float8 sum = unpack(now.x[i]);
+          if (args.residual != nullptr) add(sum, unpack(now.residual[i]));
+          if (kLora) add_term(sum, module, term, i);
+          accumulate(turn, i, sum);
         }
       }
-      SGL_UNROLL
-      for (int i = 0; i < kRows; ++i) {
-        Float8 sum = unpack(now.x[i]);
-        if (args.residual != nullptr) add(sum, unpack(now.residual[i]));
-        if (kLora) add_term(sum, module, term, i);
-        accumulate(turn, i, sum);
-      }
-    }
-    async_wait<0>();
-    if (cluster_size() > 1) cluster_barrier();
-    else barrier();
-    compute_scales();
-    barrier();
-    SGL_NO_UNROLL
-    for (int turn = 0; turn < args.turns; ++turn)
-      SGL_UNROLL
-      for (int i = 0; i < kRows; ++i) normalise(turn, i);
+      async_wait<0>();
+      if (cluster_size() > 1) cluster_barrier();
+      else barrier();
+      compute_scales();
+      barrier();
+      SGL_NO_UNROLL
+      for (int turn = 0; turn < turns; ++turn)
+        SGL_UNROLL
+        for (int i = 0; i < kRows; ++i) normalise(turn, i);
+    });
   }
 
  private:
   // The first of this lane's eight columns, counted from `first`; those from `columns` on are nobody's.
   __device__ __forceinline__ int column(int turn) const { return lanes.part(turn) * kNormPart + lanes.column(); }
-  __device__ __forceinline__ bool mine(int turn, int i) const { return row[i] >= 0 && column(turn) < columns; }
+  __device__ __forceinline__ bool mine(int turn, int i) const { return live && row[i] >= 0 && column(turn) < columns; }
 
   __device__ __forceinline__ Inputs load(int turn) const {
     Inputs in = {};
@@ -182,7 +186,7 @@ struct AddNorm {
     SGL_NO_UNROLL
     for (int i = thread_id() / 16; i < kNormRows; i += kThreads / 16) {
       float sum = 0.f;
-      if (i < rows.count)
+      if (live && i < rows.count)
         SGL_NO_UNROLL
         for (int part = thread_id() % 16; part < all; part += 16) sum += sums[part * kNormRows + i];
       SGL_UNROLL

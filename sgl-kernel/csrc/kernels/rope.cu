@@ -14,7 +14,7 @@
   }                                                                                           \
   SGL_ROPE_OF(head_dim, 16, 16, few, 8 / few)                                                 \
   SGL_ROPE_OF(head_dim, 16, 64, few, 8 / few)                                                 \
-  SGL_ROPE_OF(head_dim, 64, 16, 4, 3)                                                         \
+  SGL_ROPE_OF(head_dim, 64, 16, 4, 4)                                                         \
   SGL_ROPE_OF(head_dim, 64, 64, 4, 2)
 
 SGL_ROPE(64, 1)

@@ -55,9 +55,13 @@ struct Head {
   __device__ __forceinline__ int loc(int row) const {
     return args.k_pool != nullptr ? static_cast<int>(args.locs[row]) : 0;
   }
+  // Of this lane's columns of the first half; null where somebody else may be writing them.
+  __device__ __forceinline__ const bf16* place(int row, bool mine) const {
+    return mine && exists ? row_at(args.qkv, row, args.qkv_stride) + column : nullptr;
+  }
   __device__ __forceinline__ Pair load(int row, bool mine) const {
-    if (!mine || !exists) return Pair{};  // somebody else may be writing it
-    return load_pair(row_at(args.qkv, row, args.qkv_stride) + column);
+    const bf16* from = place(row, mine);
+    return from == nullptr ? Pair{} : load_pair(from);
   }
 
   __device__ __forceinline__ void add_bias(Float8& low, Float8& high, const Pair& bias) const {
@@ -111,121 +115,155 @@ SGL_DEVICE void qk_norm_rope_plain(const RopeArgs& args) {
   const Head<kHeadDim> first(args, begin, in_head);
   const Turn turn = first.turn(first.position(row));
   const int loc = first.loc(row);
-  SGL_NO_UNROLL
-  for (int i = begin; i < begin + args.block_heads && i < heads; ++i) {
-    const Head<kHeadDim> head(args, i, in_head);
-    const Pair weight = head.weight(), bias = head.bias();
-    if (i == begin) wait_for_previous_kernel();
-    const Pair x = head.load(row, mine);
-    Float8 low = unpack(x.low), high = unpack(x.high);
-    head.add_bias(low, high, bias);
-    if (has_norm(args)) {
-      float squares = head.squares(low, high);
-      squares += shuffle_xor(squares, 2);
-      squares += shuffle_xor(squares, 1);
-      SGL_UNROLL
-      for (int mask = 4; mask < kLanes; mask *= 2) squares += shuffle_xor(squares, mask);
-      head.normalise(low, high, squares, weight);
+  Pair weight = first.weight(), bias = first.bias();
+  after_previous_kernel(args.rehearse, [&](bool live) {
+    const int end = begin + (live ? args.block_heads : 1);
+    SGL_NO_UNROLL
+    for (int i = begin; i < end && i < heads; ++i) {
+      const Head<kHeadDim> head(args, i, in_head);
+      if (i > begin) weight = head.weight(), bias = head.bias();
+      const Pair x = head.load(row, live && mine);
+      Float8 low = unpack(x.low), high = unpack(x.high);
+      head.add_bias(low, high, bias);
+      if (has_norm(args)) {
+        float squares = head.squares(low, high);
+        squares += shuffle_xor(squares, 2);
+        squares += shuffle_xor(squares, 1);
+        SGL_UNROLL
+        for (int mask = 4; mask < kLanes; mask *= 2) squares += shuffle_xor(squares, mask);
+        head.normalise(low, high, squares, weight);
+      }
+      head.finish(low, high, turn, row, loc, live && mine);
     }
-    head.finish(low, high, turn, row, loc, mine);
-  }
+  });
 }
 
 // With one: a warp has a strip of the first half of a head and the strip that it turns with. With kMany it walks over the
-// rows of a tile, those of the next strip being on their way; without, what is static and small is fetched ahead.
+// strips of a tile; without, what is static and small is fetched ahead.
 template <int kHeadDim, class Strip, int kSteps, bool kMany>
 struct QkNormRope {
-  static constexpr int kRows = Strip::kRows;
+  static constexpr int kRows = Strip::kRows, kStrips = kMany ? kWalkTokens / Strip::kTokens : 1;
   static constexpr int kWarps = kHeadDim / (2 * Strip::kColumns);  // of a head
-  struct Inputs {
-    Pair x[kRows];
-  };
-  struct Places {  // of a strip's rows: in the tables of angles and in the pools
-    int position[kRows], loc[kRows];
-  };
+  static constexpr int kBlockHeads = rope_block_heads(kHeadDim, kMany ? kWalkTokens : 16, true);
+  static constexpr int kSumsBytes = rope_sums_bytes(kHeadDim, kBlockHeads);
+
   const RopeArgs& args;
   const Rows& rows;
   const Head<kHeadDim> head;
   bool buffer;
+  Module module;
+  BStrip<Strip, kSteps> low_b, high_b;
+  StripInputs<Strip, kSteps, kBlockHeads * kWarps * kWarp, 1, kMany> inputs;
+  Pair weight, bias;
+  Turn turn[kRows];
 
   __device__ __forceinline__ QkNormRope(const RopeArgs& args_, const Rows& rows_)
-      : args(args_), rows(rows_), head(args_, block_x() * args_.block_heads + warp_id() / kWarps, in_head()), buffer(false) {}
+      : args(args_),
+        rows(rows_),
+        head(args_, block_x() * args_.block_heads + warp_id() / kWarps, in_head()),
+        buffer(false),
+        inputs(shared_memory() + kSumsBytes) {
+    module = module_of(args.delta, rows.slot, rows.rank, head.slice);
+  }
 
   __device__ __forceinline__ void run() {
-    const Module module = module_of(args.delta, rows.slot, rows.rank, head.slice);
-    BStrip<Strip, kSteps> low_b, high_b;
     if (module.b != nullptr) {
       const int first = head.index * kHeadDim + in_head() - Strip::column();
       low_b.fetch(module, first, Strip::kColumns);
       high_b.fetch(module, first + kHeadDim / 2, Strip::kColumns);
     }
-    StripRows<Strip> next_strip(rows, 0);
-    Places next_places = places(next_strip);
-    Pair weight, bias;
-    Turn turn[kRows];
-    if (!kMany) weight = head.weight(), bias = head.bias(), load_turns(turn, next_places);
+    const StripSource<Strip, kMany> strips(rows);
+    const Places<kMany> places(head, strips);
+    const StripRows<Strip> first_rows = strips(0);
+    if (!kMany) weight = head.weight(), bias = head.bias(), load_turns(places, 0);
     wait_for_previous_kernel();
-    Inputs next = load(next_strip);
-    int begin = 0;
-    do {
-      const StripRows<Strip> strip = next_strip;
-      const Places at = next_places;
-      const Inputs in = next;
-      begin += Strip::kTokens;
-      if (kMany && begin < rows.count) {
-        next_strip = StripRows<Strip>(rows, begin);
-        next_places = places(next_strip);
-        next = load(next_strip);
-      }
-      Strip low_term = {}, high_term = {};
-      if (module.b != nullptr) {
-        UStrip<Strip, kSteps> u;
-        u.fetch(module, strip.row);
-        low_term = multiply(module, low_b, u);
-        high_term = multiply(module, high_b, u);
-      }
+    fetch(first_rows, 0);
+    SGL_NO_UNROLL
+    for (int strip = 1; strip < kStrips; ++strip) fetch(strips(strip), strip);  // the last row again, where there are no more
+    SGL_NO_UNROLL
+    for (int strip = 0; strip * Strip::kTokens < rows.count; ++strip) {
+      const StripRows<Strip> at = kMany ? strips(strip) : first_rows;
       if (kMany) weight = head.weight(), bias = head.bias();
-      Float8 low[kRows], high[kRows];
-      float squares[kRows];
-      SGL_UNROLL
-      for (int i = 0; i < kRows; ++i) {
-        low[i] = unpack(in.x[i].low);
-        high[i] = unpack(in.x[i].high);
-        head.add_bias(low[i], high[i], bias);
-        add_term(low[i], module, low_term, i);
-        add_term(high[i], module, high_term, i);
-        if (has_norm(args)) squares[i] = sum_strip_row(head.squares(low[i], high[i]));
-      }
-      if (kMany) load_turns(turn, at);  // on their way while warps wait for each other
-      if (has_norm(args)) add_warps(squares);
-      SGL_UNROLL
-      for (int i = 0; i < kRows; ++i) {
-        head.normalise(low[i], high[i], squares[i], weight);
-        head.finish(low[i], high[i], turn[i], strip.row[i], at.loc[i], strip.mine[i]);
-      }
-    } while (kMany && begin < rows.count);
+      inputs.wait();
+      finish(at, strip, places);
+      if (!kMany) return;
+      inputs.fetched();
+    }
   }
 
  private:
+  // Rows of the tables of angles and of the pools, like StripSource.
+  template <bool kWalks, class = void>
+  struct Places {
+    int position[kRows], loc[kRows];
+
+    __device__ __forceinline__ Places(const Head<kHeadDim>& head, const StripSource<Strip, kWalks>& strips) {
+      const StripRows<Strip> at = strips(0);
+      SGL_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        position[i] = head.position(at.row[i]);
+        loc[i] = head.loc(at.row[i]);
+      }
+    }
+    __device__ __forceinline__ int position_of(int, int i) const { return position[i]; }
+    __device__ __forceinline__ int loc_of(int, int i) const { return loc[i]; }
+  };
+  template <class Unused>
+  struct Places<true, Unused> {
+    using Source = StripSource<Strip, true>;
+    int position[Source::kHeld], loc[Source::kHeld];
+
+    __device__ __forceinline__ Places(const Head<kHeadDim>& head, const Source& strips) {
+      SGL_UNROLL
+      for (int i = 0; i < Source::kHeld; ++i) {
+        position[i] = head.position(strips.row[i]);
+        loc[i] = head.loc(strips.row[i]);
+      }
+    }
+    __device__ __forceinline__ int position_of(int strip, int i) const { return Source::pick(position, strip, i); }
+    __device__ __forceinline__ int loc_of(int strip, int i) const { return Source::pick(loc, strip, i); }
+  };
+
   SGL_DEVICE int in_head() { return warp_id() % kWarps * Strip::kColumns + Strip::column(); }
-  __device__ __forceinline__ Places places(const StripRows<Strip>& strip) const {
-    Places places;
+  __device__ __forceinline__ void fetch(const StripRows<Strip>& at, int strip) {
     SGL_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      places.position[i] = head.position(strip.row[i]);
-      places.loc[i] = head.loc(strip.row[i]);
+      const bf16* x = head.place(at.row[i], at.mine[i]);
+      inputs.fetch(strip, 0, i, x);
+      inputs.fetch(strip, 1, i, x == nullptr ? nullptr : x + kHeadDim / 2);
     }
-    return places;
+    if (module.b != nullptr) inputs.fetch_u(strip, 0, module, at);
+    inputs.fetched();
   }
-  __device__ __forceinline__ void load_turns(Turn (&turn)[kRows], const Places& at) const {
+  __device__ __forceinline__ void load_turns(const Places<kMany>& places, int strip) {
     SGL_UNROLL
-    for (int i = 0; i < kRows; ++i) turn[i] = head.turn(at.position[i]);
+    for (int i = 0; i < kRows; ++i) turn[i] = head.turn(places.position_of(strip, i));
   }
-  __device__ __forceinline__ Inputs load(const StripRows<Strip>& strip) const {
-    Inputs in;
+  __device__ __forceinline__ void finish(const StripRows<Strip>& at, int strip, const Places<kMany>& places) {
+    Strip low_term = {}, high_term = {};
+    if (module.b != nullptr) {
+      const UStrip<Strip, kSteps>& u = inputs.get_u(strip, 0, module, at);
+      low_term = multiply(module, low_b, u);
+      high_term = multiply(module, high_b, u);
+    }
+    Float8 low[kRows], high[kRows];
+    float squares[kRows];
     SGL_UNROLL
-    for (int i = 0; i < kRows; ++i) in.x[i] = head.load(strip.row[i], strip.mine[i]);
-    return in;
+    for (int i = 0; i < kRows; ++i) {
+      low[i] = unpack(inputs.get(strip, 0, i));
+      high[i] = unpack(inputs.get(strip, 1, i));
+      head.add_bias(low[i], high[i], bias);
+      add_term(low[i], module, low_term, i);
+      add_term(high[i], module, high_term, i);
+      if (has_norm(args)) squares[i] = sum_strip_row(head.squares(low[i], high[i]));
+    }
+    if (kMany) load_turns(places, strip);  // on their way while warps wait for each other
+    if (has_norm(args)) add_warps(squares);
+    SGL_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      head.normalise(low[i], high[i], squares[i], weight);
+      head.finish(low[i], high[i], turn[i], at.row[i], places.loc_of(strip, i), at.mine[i]);
+    }
   }
 
   // From the squares of a warp's strips those of its head. All warps of a block come here equally often.

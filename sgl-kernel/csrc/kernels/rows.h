@@ -49,6 +49,7 @@ struct StripRows {
   int row[Strip::kRows];
   bool mine[Strip::kRows];
 
+  StripRows() = default;
   __device__ __forceinline__ StripRows(const Rows& rows, int begin) {
     SGL_UNROLL
     for (int i = 0; i < Strip::kRows; ++i) {
@@ -58,6 +59,115 @@ struct StripRows {
     }
   }
 };
+
+// Where a warp finds them. One that walks over a tile asks for all of them at once, since every strip would wait for memory
+// otherwise: lane l has what belongs to rows l, l + kWarp, ... of the tile, those beyond the last one being the last one again.
+template <class Strip, bool kWalks>
+struct StripSource {
+  const Rows& rows;
+
+  __device__ __forceinline__ StripSource(const Rows& rows_) : rows(rows_) {}
+  __device__ __forceinline__ StripRows<Strip> operator()(int) const { return StripRows<Strip>(rows, 0); }
+};
+template <class Strip>
+struct StripSource<Strip, true> {
+  static constexpr int kHeld = kWalkTokens / kWarp;
+  int count, row[kHeld];
+
+  __device__ __forceinline__ StripSource(const Rows& rows) : count(rows.count) {
+    SGL_UNROLL
+    for (int i = 0; i < kHeld; ++i) {
+      const int index = i * kWarp + lane_id();
+      row[i] = rows.perm[rows.first + (index < count ? index : count - 1)];
+    }
+  }
+  __device__ __forceinline__ StripRows<Strip> operator()(int strip) const {
+    StripRows<Strip> rows;
+    SGL_UNROLL
+    for (int i = 0; i < Strip::kRows; ++i) {
+      rows.mine[i] = strip * Strip::kTokens + Strip::row(i) < count;
+      rows.row[i] = pick(row, strip, i);
+    }
+    return rows;
+  }
+  // What belongs to this lane's row i of a strip, out of what lanes have like `row`.
+  SGL_DEVICE int pick(const int (&held)[kHeld], int strip, int i) {
+    const int begin = strip * Strip::kTokens;  // a strip's rows are all in the same one of `held`
+    return shuffle(kHeld == 1 || begin < kWarp ? held[0] : held[kHeld - 1], (begin + Strip::row(i)) % kWarp);
+  }
+};
+
+// Of each of a lane's rows two vectors and what it needs of one or two u. A warp that walks over a tile has those of all strips on
+// their way to shared memory from the start, 64 KiB a multiprocessor and more: it is latency that it would wait for.
+template <class Strip, int kSteps, int kThreads, int kFactors, bool kWalks>
+struct StripInputs {
+  Vec8 x[2][Strip::kRows];
+  UStrip<Strip, kSteps> u[kFactors];
+
+  __device__ __forceinline__ StripInputs(void*) {}
+  __device__ __forceinline__ void fetch(int, int part, int i, const bf16* from) {
+    x[part][i] = from == nullptr ? Vec8{} : load_vec(from);
+  }
+  __device__ __forceinline__ void fetch_u(int, int factor, const Module& module, const StripRows<Strip>& at) {
+    u[factor].fetch(module, at.row);
+  }
+  SGL_DEVICE void fetched() {}
+  SGL_DEVICE void wait() {}
+  __device__ __forceinline__ Vec8 get(int, int part, int i) const { return x[part][i]; }
+  __device__ __forceinline__ const UStrip<Strip, kSteps>& get_u(int, int factor, const Module&, const StripRows<Strip>&) const {
+    return u[factor];
+  }
+};
+template <class Strip, int kSteps, int kThreads, int kFactors>
+struct StripInputs<Strip, kSteps, kThreads, kFactors, true> {
+  static constexpr int kStrips = kWalkTokens / Strip::kTokens, kRows = Strip::kRows;
+  using U = UStrip<Strip, kSteps>;
+  // A thread reads what it has copied itself.
+  Vec8* const x;  // [strip][part][row][thread]
+  Vec4* const u;  // [strip][factor][row][thread], the first sixteen ranks
+
+  __device__ __forceinline__ StripInputs(void* shared)
+      : x(static_cast<Vec8*>(shared) + thread_id()),
+        u(reinterpret_cast<Vec4*>(static_cast<Vec8*>(shared) + kStrips * 2 * kRows * kThreads) + thread_id()) {}
+
+  __device__ __forceinline__ void fetch(int strip, int part, int i, const bf16* from) {
+    async_copy16(x + ((strip * 2 + part) * kRows + i) * kThreads, from, from == nullptr ? 0 : 16);
+  }
+  __device__ __forceinline__ void fetch_u(int strip, int factor, const Module& module, const StripRows<Strip>& at) {
+    SGL_UNROLL
+    for (int i = 0; i < kRows; ++i)
+      async_copy8(place_u(strip, factor, i), row_at(module.u, at.row[i], module.u_stride) + U::this_lanes(module, 0));
+  }
+  SGL_DEVICE void fetched() { async_commit(); }  // a strip, or nothing in place of one
+  // For the next strip. What there is behind it may be on its way.
+  SGL_DEVICE void wait() { async_wait<kStrips - 1>(); }
+  __device__ __forceinline__ Vec8 get(int strip, int part, int i) const { return x[((strip * 2 + part) * kRows + i) * kThreads]; }
+  // Ranks from sixteen on are asked for here.
+  __device__ __forceinline__ U get_u(int strip, int factor, const Module& module, const StripRows<Strip>& at) const {
+    U all;
+    if (kSteps > 1) all.fetch(module, at.row);
+    SGL_UNROLL
+    for (int i = 0; i < kRows; ++i) all.held[0][i] = *place_u(strip, factor, i);
+    return all;
+  }
+
+ private:
+  __device__ __forceinline__ Vec4* place_u(int strip, int factor, int i) const {
+    return u + ((strip * kFactors + factor) * kRows + i) * kThreads;
+  }
+};
+
+// Runs `body(true)` once the previous kernel has finished. Its code is cold then, and to fetch it takes longer than to run it, so a
+// kernel that starts early runs `body(false)` before that: the same with no rows, reading and writing nothing of theirs.
+template <class Body>
+SGL_DEVICE void after_previous_kernel(bool rehearse, Body body) {
+  SGL_NO_UNROLL
+  for (bool live = !rehearse;; live = true) {
+    if (live) wait_for_previous_kernel();
+    body(live);
+    if (live) return;
+  }
+}
 
 SGL_DEVICE Float8 unpack(const Vec8& packed) {
   Float8 f;

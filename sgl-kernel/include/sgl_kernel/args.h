@@ -93,6 +93,7 @@ struct NormArgs {
   int32_t tokens, hidden;
   int32_t block_tokens;         // token rows a block takes: a power of two, at most kNormRows
   int32_t parts, turns, staged, held;  // norm_block_parts(), norm_turns(), norm_staged() and norm_held()
+  int32_t rehearse;  // after_previous_kernel()
   float eps, mean;  // mean: 1 / hidden
   LoraDelta delta;
 };
@@ -103,6 +104,7 @@ struct ActivationArgs {
   int64_t x_stride, out_stride;
   int32_t tokens, inner;
   int32_t block_tokens, piece_bits;  // rows that a block takes; their pieces make a tile, 1 << piece_bits of them
+  int32_t rehearse;
   LoraDelta delta;
 };
 
@@ -120,6 +122,7 @@ struct RopeArgs {
   int32_t tokens, num_heads, num_kv_heads;
   int32_t block_heads;               // that a block takes
   int32_t block_tokens, piece_bits;  // and rows; their pieces make a tile, 1 << piece_bits of them
+  int32_t rehearse;
   float eps;
   LoraDelta delta;
 };

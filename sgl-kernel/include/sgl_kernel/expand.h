@@ -53,7 +53,8 @@ struct BStrip {
   }
 };
 
-// u of this lane's rows, the same ranks: zeros from the module's rank on.
+// u of this lane's rows, the same ranks; what there is from the module's rank on is masked when it is multiplied, so that the
+// loads may be on their way until then.
 template <class Strip, int kSteps>
 struct UStrip {
   const bf16* row[Strip::kRows];
@@ -65,35 +66,43 @@ struct UStrip {
     SGL_UNROLL
     for (int step = 0; step < kSteps; ++step) load(held[step], module, 16 * step);
   }
-  // Without a branch: it would become predicates of every instruction, and they are more than the masks.
   __device__ __forceinline__ void load(Vec4 (&rows)[Strip::kRows], const Module& module, int begin) const {
-    const int k = begin + Strip::k(), left = module.rank - k;
-    const uint32_t low = left >= 2 ? ~0u : left == 1 ? 0xffffu : 0u, high = left >= 4 ? ~0u : left == 3 ? 0xffffu : 0u;
     SGL_UNROLL
-    for (int i = 0; i < Strip::kRows; ++i) {
-      rows[i] = load_vec4(row[i] + (left > 0 ? k : 0));
-      rows[i].w[0] &= low;
-      rows[i].w[1] &= high;
-    }
+    for (int i = 0; i < Strip::kRows; ++i) rows[i] = load_vec4(row[i] + this_lanes(module, begin));
+  }
+  // Where this lane's four ranks of sixteen from `begin` on are in a row, or some others, if the module does not have them.
+  SGL_DEVICE int this_lanes(const Module& module, int begin) {
+    const int k = begin + Strip::k();
+    return k < module.rank ? k : 0;
   }
 };
+// Sixteen ranks from `begin` on. Without a branch: it would become predicates of every instruction, and they are more than the masks.
+template <class Strip>
+SGL_DEVICE void multiply_add(Strip& sum, const Module& module, const Vec4 (&u)[Strip::kRows], const Vec4 (&b)[Strip::kParts], int begin) {
+  const int left = module.rank - begin - Strip::k();
+  const uint32_t low = left >= 2 ? ~0u : left == 1 ? 0xffffu : 0u, high = left >= 4 ? ~0u : left == 3 ? 0xffffu : 0u;
+  Vec4 rows[Strip::kRows];
+  SGL_UNROLL
+  for (int i = 0; i < Strip::kRows; ++i) rows[i] = {{u[i].w[0] & low, u[i].w[1] & high}};
+  mma(sum, rows, b);
+}
 
 // B u for this lane's columns and rows. All lanes of a warp take part. With kSteps 1 there are no higher ranks: the code
 // for them would be fetched by everybody.
 template <class Strip, int kSteps>
 SGL_DEVICE Strip multiply(const Module& module, const BStrip<Strip, kSteps>& b, const UStrip<Strip, kSteps>& u) {
   Strip sum = {};
-  mma(sum, u.held[0], b.held[0]);  // of rank 0, too: nobody adds it
+  multiply_add(sum, module, u.held[0], b.held[0], 0);  // of rank 0, too: nobody adds it
   SGL_UNROLL
   for (int step = 1; step < kSteps; ++step)
-    if (16 * step < module.rank) mma(sum, u.held[step], b.held[step]);
+    if (16 * step < module.rank) multiply_add(sum, module, u.held[step], b.held[step], 16 * step);
   if constexpr (kSteps > 1) {
     SGL_NO_UNROLL
     for (int k = 16 * kSteps; k < module.rank; k += 16) {
       Vec4 rows[Strip::kRows], parts[Strip::kParts];
       u.load(rows, module, k);
       b.load(parts, module, k + Strip::k());
-      mma(sum, rows, parts);
+      multiply_add(sum, module, rows, parts, k);
     }
   }
   return sum;

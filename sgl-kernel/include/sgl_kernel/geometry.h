@@ -81,6 +81,13 @@ constexpr int kStripColumns = 32;  // of a warp
 // Token rows of a warp at once, by those of the batch's tiles. Few where a step is waited for: what a lane does is code to be fetched.
 constexpr int strip_tokens(int warp, int tile) { return tile == 16 && warp == 32 ? 8 : 16; }
 
+// Prompts: warps that walk over the strips of a tile, and what they have in shared memory of it (StripInputs).
+constexpr int kWalkTokens = 64;
+constexpr int walk_shared_bytes(int warp, int threads, int factors) {
+  const int rows = kWalkTokens / strip_tokens(warp, kWalkTokens) * (warp == 32 ? 2 : 1);  // of a thread
+  return rows * threads * (2 * 16 + factors * 8);
+}
+
 constexpr int expand_warps(int warp) { return 128 / warp; }
 constexpr int expand_threads(int warp) { return expand_warps(warp) * warp; }
 constexpr int expand_blocks(int warp, int columns) { return ceil_div(columns, expand_warps(warp) * kStripColumns); }
@@ -153,8 +160,12 @@ constexpr int rope_block_heads(int head_dim, int tile, bool lora) {
 constexpr int rope_threads(int warp, int head_dim, int block_heads, bool lora) {
   return lora ? rope_head_warps(head_dim) * block_heads * warp : head_dim;
 }
-constexpr int rope_shared_bytes(int head_dim, int block_heads, bool lora) {  // two buffers of sums of squares
-  return !lora || rope_head_warps(head_dim) == 1 ? 0 : 2 * block_heads * rope_head_warps(head_dim) * 16 * 4;
+constexpr int rope_sums_bytes(int head_dim, int block_heads) {  // two buffers of sums of squares
+  return rope_head_warps(head_dim) == 1 ? 0 : 2 * block_heads * rope_head_warps(head_dim) * 16 * 4;
+}
+constexpr int rope_shared_bytes(int warp, int head_dim, int block_heads, int tile, bool lora) {
+  const int walk = tile == kWalkTokens ? walk_shared_bytes(warp, rope_threads(warp, head_dim, block_heads, lora), 1) : 0;
+  return lora ? rope_sums_bytes(head_dim, block_heads) + walk : 0;
 }
 
 }  // namespace sgl

@@ -225,6 +225,14 @@ SGL_DEVICE void async_copy16(void* shared, const void* global, int bytes) {
   store_vec(shared, v);
 #endif
 }
+// Eight bytes, which other threads of the multiprocessor may ask for, too.
+SGL_DEVICE void async_copy8(void* shared, const void* global) {
+#if SGL_CUDA
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+#else
+  *static_cast<Vec4*>(shared) = load_vec4(global);
+#endif
+}
 SGL_DEVICE void async_commit() {
 #if SGL_CUDA
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -257,6 +265,14 @@ SGL_DEVICE float shuffle_xor(float value, int mask) {
 #else
   const int bits = __builtin_amdgcn_ds_bpermute((lane_id() ^ mask) * 4, __builtin_bit_cast(int, value));
   return __builtin_bit_cast(float, bits);
+#endif
+}
+
+SGL_DEVICE int shuffle(int value, int lane) {  // that of another lane
+#if SGL_CUDA
+  return __shfl_sync(0xffffffffu, value, lane);
+#else
+  return __builtin_amdgcn_ds_bpermute(lane * 4, value);
 #endif
 }
 

@@ -102,14 +102,22 @@ SGL_DEVICE uint8_t* shared_memory() { return emu::shared_memory(); }
 SGL_DEVICE uint8_t* align_shared(uint8_t* p, int bytes) { return p + (-emu::shared_address(p) & (bytes - 1)); }
 
 SGL_DEVICE void async_copy16(void* shared, const void* global, int bytes) {
-  emu::check_copy(shared, global, bytes);
+  emu::check_copy(shared, global, bytes, 16);
 #if SGL_CUDA
-  emu::copy_async(shared, global, bytes);
+  emu::copy_async(shared, global, bytes, 16);
 #else
   Vec8 v = {};
   if (bytes > 0) v = load_vec(global);  // all sixteen bytes, as vendor.h does it
   for (int i = bytes / 2; i < 8; ++i) v.w[i / 2] &= i % 2 ? 0xffffu : 0u;
   store_vec(shared, v);
+#endif
+}
+SGL_DEVICE void async_copy8(void* shared, const void* global) {
+  emu::check_copy(shared, global, 8, 8);
+#if SGL_CUDA
+  emu::copy_async(shared, global, 8, 8);
+#else
+  *static_cast<Vec4*>(shared) = load_vec4(global);
 #endif
 }
 SGL_DEVICE void async_commit() {
@@ -127,6 +135,9 @@ SGL_DEVICE void async_wait() {
 // ---- a warp --------------------------------------------------------------------------------------------------------
 
 SGL_DEVICE void warp_barrier(emu::Place place = emu::here()) { emu::warp_barrier(place); }
+SGL_DEVICE int shuffle(int value, int lane, emu::Place place = emu::here()) {
+  return __builtin_bit_cast(int, emu::shuffle(__builtin_bit_cast(float, value), lane, place));
+}
 SGL_DEVICE float shuffle_xor(float value, int mask, emu::Place place = emu::here()) {
   return emu::shuffle(value, lane_id() ^ mask, place);
 }

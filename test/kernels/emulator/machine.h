@@ -28,10 +28,10 @@ void read_cluster(void* value, const void* shared, int rank, int bytes);
 void write_cluster(void* shared, int rank, const void* value, int bytes);
 
 void check_vector(const void* p);  // that it is a multiple of 16
-void check_copy(const void* shared, const void* global, int bytes);  // what async_copy16 asks of its arguments
-void copy_async(void* shared, const void* global, int bytes);        // cp.async.cg, 16 bytes
-void commit_copies();                                                // cp.async.commit_group
-void wait_for_copies(int pending);                                   // cp.async.wait_group
+void check_copy(const void* shared, const void* global, int bytes, int room);  // what async_copy16 and 8 ask of their arguments
+void copy_async(void* shared, const void* global, int bytes, int room);        // cp.async, of 8 or 16 bytes
+void commit_copies();                                                          // cp.async.commit_group
+void wait_for_copies(int pending);                                             // cp.async.wait_group
 void wait_for_previous_kernel();
 void trap();
 

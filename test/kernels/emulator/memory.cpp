@@ -177,9 +177,9 @@ const Block* block_near(const uint8_t* p) {
 
 void finish(Thread& thread, const Copy& copy) {
   SharedCell* const cells = cells_of(*thread.block, copy.to);
-  for (int i = 0; i < 8; ++i) cells[i].in_flight = 0;
-  check_shared(thread, copy.to, 16, 16, kWrite);
-  std::memset(copy.to, 0, 16);
+  for (int i = 0; i < copy.room / 2; ++i) cells[i].in_flight = 0;
+  check_shared(thread, copy.to, copy.room, copy.room, kWrite);
+  std::memset(copy.to, 0, copy.room);
   std::memcpy(copy.to, copy.from, copy.bytes);
 }
 
@@ -241,20 +241,20 @@ void check_vector(const void* p) { check_alignment(p, 16, kRead); }
 
 // ---- copies --------------------------------------------------------------------------------------------------------
 
-void check_copy(const void* shared, const void* global, int bytes) {
-  if (bytes < 0 || bytes > 16 || bytes % 2) fail("async_copy16 of %d bytes", bytes);
-  check_alignment(shared, 16, kWrite);
-  check_alignment(global, 16, kRead);
+void check_copy(const void* shared, const void* global, int bytes, int room) {
+  if (bytes < 0 || bytes > room || bytes % 2) fail("async_copy%d of %d bytes", room, bytes);
+  check_alignment(shared, room, kWrite);
+  check_alignment(global, room, kRead);
 }
 
 // The source is read when the thread waits, at the latest moment; touching either end in between is an error at any.
-void copy_async(void* shared, const void* global, int bytes) {
+void copy_async(void* shared, const void* global, int bytes, int room) {
   Thread& thread = *machine.current;
   if (bytes) check_global(thread, static_cast<const uint8_t*>(global), bytes, kRead);
-  check_shared(thread, shared, 16, 16, kWrite);
+  check_shared(thread, shared, room, room, kWrite);
   SharedCell* const cells = cells_of(*thread.block, shared);
-  for (int i = 0; i < 8; ++i) cells[i].in_flight = static_cast<uint16_t>(thread.id + 1);
-  thread.copies.push_back({shared, global, bytes, thread.group});
+  for (int i = 0; i < room / 2; ++i) cells[i].in_flight = static_cast<uint16_t>(thread.id + 1);
+  thread.copies.push_back({shared, global, bytes, room, thread.group});
 }
 void commit_copies() { ++machine.current->group; }
 void wait_for_copies(int pending) {

@@ -40,7 +40,7 @@ struct Launch {
 struct Copy {
   void* to;
   const void* from;
-  int bytes, group;
+  int bytes, room, group;
 };
 
 // What somebody knows to be over: phases of each of the block's arrivals, and runs of products of its warpgroup.

@@ -198,6 +198,14 @@ def lora_expand_add(t: Tensors, g: Geometry, tokens: int, tile: int, rank: int =
     return Call("lora_expand_add", [y, *lora.delta(stride), False], *shape, fields)
 
 
+def _walk_shared(g: Geometry, threads: int, factors: int) -> int:
+    """What warps that walk over the 64 rows of a tile have there: two vectors and some u of each of a lane's rows.
+
+    Four lanes have 32 columns of a row, so that a lane has eight rows of the tile, or four.
+    """
+    return threads * (64 // (g.warp // 4)) * (2 * 16 + 8 * factors)
+
+
 def _norm_shared(g: Geometry, hidden: int, strip: int) -> Callable[[int, Any], int]:
     def shared(cluster: int, args: Any) -> int:
         sizes = (g.warp, hidden, cluster, args.block_tokens, strip)
@@ -245,15 +253,16 @@ def silu_and_mul(
 ) -> Call:
     x, out = t(tokens, 2 * inner, pad=8), t(tokens, inner, pad=16)
     fields = {"x": x, "out": out, "x_stride": 2 * inner + 8, "out_stride": inner + 16, "tokens": tokens, "inner": inner}
-    delta, kernel = NO_DELTA, "silu_and_mul"
+    delta, kernel, shared = NO_DELTA, "silu_and_mul", 0
     grid = (_blocks(inner, 128 * 8), _blocks(tokens, 4))  # eight columns of four rows a thread
     if adapters:
         lora = Lora(t, 64, (inner, inner), tokens, tile, rank)
         delta, kernel = lora.delta(), f"silu_and_mul_{tile}x{lora.held}"
         pieces = tile // _piece(g, tile)
         grid = (_blocks(inner, 128 // g.warp * 32), lora.tiles * pieces)
+        shared = _walk_shared(g, 128, 2) if tile == 64 else 0
         fields |= lora.delta_fields() | {"block_tokens": _piece(g, tile), "piece_bits": pieces - 1}
-    return Call("silu_and_mul", [x, out, *delta, False], kernel, 128, 0, *grid, fields)
+    return Call("silu_and_mul", [x, out, *delta, False], kernel, 128, shared, *grid, fields)
 
 
 def qk_norm_rope(
@@ -278,6 +287,7 @@ def qk_norm_rope(
         threads, blocks_y = block_heads * warps * g.warp, lora.tiles * pieces
         # Two buffers of a float for every warp and row.
         shared = 2 * block_heads * warps * 16 * 4 if warps > 1 else 0
+        shared += _walk_shared(g, threads, 1) if tile == 64 else 0
         fields |= lora.delta_fields() | {"block_tokens": _piece(g, tile), "piece_bits": pieces - 1}
     fields |= {"block_heads": block_heads}
     o = optional

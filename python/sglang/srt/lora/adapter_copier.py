@@ -132,13 +132,12 @@ class AdapterCopier:
         self._places, self._slabs, self._tight, self._pin = places, slabs, tight, pin
         self._last: CopyPlan | None = None
         self._readers = ThreadPoolExecutor(MAX_READERS, thread_name_prefix="copy-adapter")
-        if pin:
-            # torch keeps page-locked memory that is freed, until no copy uses it, for the next of its size, a power of
-            # two. To lock new memory takes 30 ms, in which the driver makes every other call wait, too.
-            nbytes = slabs.layout.slab_bytes
-            count = max(MIN_WARM, min(warm, WARM_BYTES >> (nbytes - 1).bit_length()))
-            spare = [self._empty(nbytes) for _ in range(count)]
-            del spare
+        # torch keeps page-locked memory that is freed, until no copy uses it, for the next of its size, a power of two,
+        # but empties this cache whenever a graph is captured: it gets these when the first adapter comes. To lock new
+        # memory takes 30 ms, in which the driver makes every other call wait, too.
+        nbytes = slabs.layout.slab_bytes
+        count = max(MIN_WARM, min(warm, WARM_BYTES >> (nbytes - 1).bit_length())) if pin else 0
+        self._spare = [self._empty(nbytes) for _ in range(count)]
 
     def copy(self, adapter: Adapter, file: AdapterFile) -> AdapterWeights:
         """An adapter in memory of its own.
@@ -148,6 +147,7 @@ class AdapterCopier:
             OSError, ValueError: the file is too short, a number is too large for the model's dtype, or a rank for its
                 slabs.
         """
+        self._spare.clear()
         plan = self._last
         if plan is None or plan.given != adapter.modules:
             plan = self._last = self._plan(adapter.modules)
