@@ -478,6 +478,7 @@ NORM_MUTANTS = {
     "a rehearsal has rows": Mutant(NORM, "return live && row[i] >= 0", "return row[i] >= 0", EARLY, VENDORS),
     "a rehearsal has u": Mutant(NORM, "module.b != nullptr && live", "module.b != nullptr", EARLY, VENDORS),
     "a rehearsal has sums": Mutant(NORM, "if (live && i < rows.count)", "if (i < rows.count)", RACE, VENDORS),
+    "a rehearsal where turns are ahead": Mutant(NORM, "!kAhead && args.rehearse", "args.rehearse", NUMBERS),
     "a rehearsal is all there is": Mutant(ROWS, "    if (live) return;\n", "    return;\n", NEVER, VENDORS),
     "a rehearsal takes B of other turns": Mutant(NORM, "live ? args.turns : 1;", "args.turns;", NUMBERS, HIP),
     "a block that has no rows does not wait": Mutant(NORM, f"return{WAIT};", "return;", NEVER, VENDORS),
@@ -1243,7 +1244,6 @@ def run_rope_kernels(make: Callable[[], Gpu]) -> None:
         assert_heads(rows, data, *run_rope(rows, data))
     data = Heads(18, 128, 3, 1)
     rows = Rows(make(), data.widths, 18, tile=64)
-    rows.rehearse = True
     assert_heads(rows, data, *run_rope(rows, data))
 
 

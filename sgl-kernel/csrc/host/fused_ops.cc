@@ -42,7 +42,7 @@ struct Term {
 // few to keep every multiprocessor busy.
 constexpr int kManyTokens = 1024;
 
-// Up to so many rows products are ours and let the next kernel start early enough for a rehearsal.
+// Up to so many rows products are ours and let the next kernel start early enough for a rehearsal (after_previous_kernel).
 constexpr int kRehearsedTokens = 64;
 
 bool rehearse(int tokens, bool overlap, const Place& place) {

@@ -99,9 +99,11 @@ struct AddNorm {
       async_copy16(weight + i, args.weight + first + i, 16);
     async_commit();
     if (cluster_size() > 1) cluster_started();  // so that their shared memory may be written
-    after_previous_kernel(args.rehearse, [&](bool live_) {
+    after_previous_kernel(!kAhead && args.rehearse, [&](bool live_) {  // a turn moves on to the next one's B where it is ahead
       live = live_;
       const int turns = live ? args.turns : 1;
+      Module used = module;
+      if (!live && used.rank > 16 * kHeldSteps) used.rank = 16 * kHeldSteps;  // u of others is read when it is multiplied
       UStrip<Strip, kHeldSteps> u = {};
       Inputs next = load(0);
       if (module.b != nullptr && live) fetch_u(u, module);
@@ -115,7 +117,7 @@ struct AddNorm {
         if (kAhead && turn + 1 < turns) next = load(turn + 1);
         Strip term = {};
         if (module.b != nullptr) {
-          term = multiply(module, b, u);
+          term = multiply(used, b, u);
           if (kAhead) {
             b = next_b;
             if (turn + 2 < turns) fetch_b(next_b, module, turn + 2);
@@ -125,7 +127,7 @@ struct AddNorm {
         for (int i = 0; i < kRows; ++i) {
           Float8 sum = unpack(now.x[i]);
           if (args.residual != nullptr) add(sum, unpack(now.residual[i]));
-          if (kLora) add_term(sum, module, term, i);
+          if (kLora) add_term(sum, used, term, i);
           accumulate(turn, i, sum);
         }
       }

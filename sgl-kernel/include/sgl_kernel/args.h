@@ -93,7 +93,7 @@ struct NormArgs {
   int32_t tokens, hidden;
   int32_t block_tokens;         // token rows a block takes: a power of two, at most kNormRows
   int32_t parts, turns, staged, held;  // norm_block_parts(), norm_turns(), norm_staged() and norm_held()
-  int32_t rehearse;  // after_previous_kernel()
+  int32_t rehearse;  // see after_previous_kernel(); of this and other kernels for few rows
   float eps, mean;  // mean: 1 / hidden
   LoraDelta delta;
 };
