@@ -32,7 +32,7 @@ BANDWIDTH = 4.3e12
 """Bytes a second that an H200 copies at (measured)."""
 HEAD_DIM = 128
 MAX_OURS = 16
-"""Token rows up to which our product is faster than cuBLAS."""
+"""Token rows up to which products are ours here: those that take rows of A along."""
 PROMPT = 8192
 
 

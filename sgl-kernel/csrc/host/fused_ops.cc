@@ -42,11 +42,10 @@ struct Term {
 // few to keep every multiprocessor busy.
 constexpr int kManyTokens = 1024;
 
-// Up to so many rows products are ours and let the next kernel start early enough for a rehearsal (after_previous_kernel).
-constexpr int kRehearsedTokens = 64;
-
+// Whether there is time for a rehearsal (after_previous_kernel): behind products of ours, which let the next kernel start early.
 bool rehearse(int tokens, bool overlap, const Place& place) {
-  return overlap && tokens <= kRehearsedTokens && driver::device(place.device_id).max_cluster > 1;
+  const driver::Device& device = driver::device(place.device_id);
+  return overlap && device.max_cluster > 1 && tokens <= (device.warpgroups ? 64 : 16);
 }
 
 int tile_of(const Term& term, int tokens) { return term.present ? term.tile : tokens < kManyTokens ? 16 : 64; }
