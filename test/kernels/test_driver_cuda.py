@@ -255,7 +255,8 @@ def test_programmatic_launch(shared_machine: Machine, geometry: Geometry, overla
 
 
 @pytest.mark.parametrize(("tokens", "overlap", "capability", "expected"), [
-    (1, True, 9, 1), (64, True, 9, 1), (65, True, 9, 0), (64, False, 9, 0), (16, True, 8, 0), (16, True, 10, 1), (17, True, 10, 0),
+    (1, True, 9, 1), (64, True, 9, 1), (65, True, 9, 0), (64, False, 9, 0),
+    (16, True, 8, 0), (16, True, 10, 1), (17, True, 10, 0),
 ])  # fmt: skip
 def test_a_rehearsal_is_for_kernels_that_start_early(
     machine: Machine, geometry: Geometry, tokens: int, overlap: bool, capability: int, expected: int
