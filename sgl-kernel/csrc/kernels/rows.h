@@ -72,6 +72,7 @@ struct StripSource {
 template <class Strip>
 struct StripSource<Strip, true> {
   static constexpr int kHeld = kWalkTokens / kWarp;
+  static_assert(kHeld <= 2, "pick()");
   int count, row[kHeld];
 
   __device__ __forceinline__ StripSource(const Rows& rows) : count(rows.count) {
@@ -98,7 +99,8 @@ struct StripSource<Strip, true> {
 };
 
 // Of each of a lane's rows two vectors and what it needs of one or two u. A warp that walks over a tile has those of all strips on
-// their way to shared memory from the start, 64 KiB a multiprocessor and more: it is latency that it would wait for.
+// their way to shared memory from the start, up to 48 KiB a block: registers have room for few warps and little of their data, and
+// with no more than that on its way, warps wait for memory's latency.
 template <class Strip, int kSteps, int kThreads, int kFactors, bool kWalks>
 struct StripInputs {
   Vec8 x[2][Strip::kRows];
