@@ -67,8 +67,8 @@ class Mutant:
 
 WAIT = " wait_for_previous_kernel()"
 STEPS = "for (int step = 0; step < kSteps; ++step)"
-WAITS = "    wait_for_previous_kernel();\n"
-FIRST = "    fetch(first_rows, 0);\n"
+WAITS, FIRST = "  wait_for_previous_kernel();\n", "  fetch(first, 0);\n"
+"""How warps with strips begin."""
 HELD = f"{STEPS} load(held[step], module, 16 * step + Strip::k());"
 UNITS_LOOP = "for (int unit = first; work.exists(unit); unit = work.next(unit)) {"
 SUMS = "Accumulator even = {}, odd = {};"
@@ -621,7 +621,7 @@ NORM_MUTANTS = {
 }
 
 ACTIVATION_MUTANTS = {
-    "does not wait for the previous kernel": Mutant(ACTIVATION, f"{WAITS}{FIRST}", FIRST, EARLY, VENDORS),
+    "does not wait for the previous kernel": Mutant(ROWS, f"{WAITS}{FIRST}", FIRST, EARLY, VENDORS),
     "plain: does not wait for the previous kernel": Mutant(
         ROWS, "    if (live) wait_for_previous_kernel();\n", "", EARLY, HIP
     ),
@@ -638,9 +638,7 @@ ACTIVATION_MUTANTS = {
     "reads inputs that are on their way": Mutant(
         ROWS, "async_wait<kStrips - 1>();", "async_wait<kStrips>();", ON_ITS_WAY
     ),
-    "reads strips that are on their way": Mutant(
-        ACTIVATION, "      inputs.fetched();\n    }\n  }", "    }\n  }", ON_ITS_WAY
-    ),
+    "reads strips that are on their way": Mutant(ROWS, "    inputs.fetched();\n  }\n}", "  }\n}", ON_ITS_WAY),
     "waits for nothing": Mutant(ROWS, "{ async_wait<kStrips - 1>(); }", "{}", ON_ITS_WAY),
     "threads share their place": Mutant(
         ROWS, "static_cast<Vec8*>(shared) + thread_id()),", "static_cast<Vec8*>(shared) + lane_id()),", RACE, VENDORS
@@ -658,12 +656,10 @@ ACTIVATION_MUTANTS = {
     "factors share their place": Mutant(
         ROWS, "(strip * kFactors + factor)", "(strip * kFactors)", f"{NUMBERS}|{ON_ITS_WAY}", VENDORS
     ),
-    "reads x too early": Mutant(ACTIVATION, f"{WAITS}{FIRST}", f"{FIRST}{WAITS}", EARLY),
-    "rows of the first strip": Mutant(
-        ACTIVATION, "kMany ? strips(strip) : first_rows", "first_rows", f"race|{NUMBERS}", HIP
-    ),
+    "reads x too early": Mutant(ROWS, f"{WAITS}{FIRST}", f"{FIRST}{WAITS}", EARLY),
+    "rows of the first strip": Mutant(ROWS, "kWalks ? strips(strip) : first, s", "first, s", f"race|{NUMBERS}", HIP),
     "inputs of the first strip for all": Mutant(
-        ACTIVATION, "fetch(strips(strip), strip)", "fetch(first_rows, strip)", NUMBERS, VENDORS
+        ROWS, "fetch(strips(strip), strip)", "fetch(first, strip)", NUMBERS, VENDORS
     ),
     "rows of the first lanes": Mutant(
         ROWS, "kHeld == 1 || begin < kWarp ? held[0] : held[kHeld - 1]", "held[0]", f"race|{NUMBERS}"
@@ -708,9 +704,7 @@ ACTIVATION_MUTANTS = {
     "warps share their columns": Mutant(
         ACTIVATION, "(block_x() * kActivationWarps + warp_id()) * S", "(block_x() * kActivationWarps) * S", "race"
     ),
-    "the first strip of a tile alone": Mutant(
-        ACTIVATION, "      if (!kMany) return;\n", "      return;\n", NUMBERS, VENDORS
-    ),
+    "the first strip of a tile alone": Mutant(ROWS, "    if (!kWalks) return;\n", "    return;\n", NUMBERS, VENDORS),
     "plain: rows behind the last token": Mutant(ACTIVATION, "if (i >= rows) continue;", "", EARLY, VENDORS),
     "plain: stores rows behind the last token": Mutant(
         ACTIVATION, "if (i < rows) store_vec", "store_vec", f"{OUTSIDE}|{NUMBERS}|{EARLY}"
@@ -748,8 +742,8 @@ ROPE_MUTANTS = {
     "sums of the first head": Mutant(ROPE, "sums + warp_id() / kWarps * kWarps * 16;", "sums;", NUMBERS, VENDORS),
     "squares of one warp": Mutant(ROPE, " + own[(other + 1) * 16 + Strip::row(i)]", "", NUMBERS),
     "squares of the first row": Mutant(ROPE, "own[other * 16 + Strip::row(i)]", "own[other * 16]", NUMBERS),
-    "does not wait for the previous kernel": Mutant(ROPE, f"{WAITS}{FIRST}", FIRST, EARLY, VENDORS),
-    "reads qkv too early": Mutant(ROPE, f"{WAITS}{FIRST}", f"{FIRST}{WAITS}", EARLY),
+    "does not wait for the previous kernel": Mutant(ROWS, f"{WAITS}{FIRST}", FIRST, EARLY, VENDORS),
+    "reads qkv too early": Mutant(ROWS, f"{WAITS}{FIRST}", f"{FIRST}{WAITS}", EARLY),
     "plain: does not wait for the previous kernel": Mutant(
         ROWS, "    if (live) wait_for_previous_kernel();\n", "", EARLY
     ),
@@ -804,15 +798,15 @@ ROPE_MUTANTS = {
     "rows beyond the tile": Mutant(
         ROPE, "if (!mine || !exists) return;", "if (!exists) return;", f"{OUTSIDE}|race", VENDORS
     ),
-    "the first rows of a tile alone": Mutant(ROPE, "      if (!kMany) return;\n", "      return;\n", NUMBERS),
+    "the first rows of a tile alone": Mutant(ROWS, "    if (!kWalks) return;\n", "    return;\n", NUMBERS),
     "inputs of the first strip": Mutant(
         ROPE, "finish(at, strip, places);", "finish(at, 0, places);", f"race|{NUMBERS}"
     ),
     "inputs of the first strip for all": Mutant(
-        ROPE, "fetch(strips(strip), strip)", "fetch(first_rows, strip)", f"race|{NUMBERS}"
+        ROWS, "fetch(strips(strip), strip)", "fetch(first, strip)", f"race|{NUMBERS}"
     ),
     "u of the first strip": Mutant(ROPE, "get_u(strip, 0, module, at)", "get_u(0, 0, module, at)", NUMBERS),
-    "reads strips that are on their way": Mutant(ROPE, "      inputs.fetched();\n    }\n  }", "    }\n  }", ON_ITS_WAY),
+    "reads strips that are on their way": Mutant(ROWS, "    inputs.fetched();\n  }\n}", "  }\n}", ON_ITS_WAY),
     "angles of the first rows in every strip": Mutant(
         ROPE, "if (kMany) load_turns(places, strip)", "if (kMany) load_turns(places, 0)", NUMBERS, VENDORS
     ),
@@ -822,7 +816,7 @@ ROPE_MUTANTS = {
     "places of the first strip": Mutant(
         ROPE, "places.loc_of(strip, i), at", "places.loc_of(0, i), at", f"race|{NUMBERS}"
     ),
-    "rows of the first strip": Mutant(ROPE, "kMany ? strips(strip) : first_rows", "first_rows", f"race|{NUMBERS}", HIP),
+    "rows of the first strip": Mutant(ROWS, "kWalks ? strips(strip) : first, s", "first, s", f"race|{NUMBERS}", HIP),
     "heads take the same columns": Mutant(
         ROPE, "block_x() * args_.block_heads + warp_id() / kWarps", "block_x() * args_.block_heads", f"race|{STUCK}"
     ),

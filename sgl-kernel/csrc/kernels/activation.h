@@ -40,7 +40,7 @@ SGL_DEVICE void silu_and_mul_plain(const ActivationArgs& args) {
 // With one: a warp has 32 columns of gate and the same of up. With kMany it walks over the strips of a tile.
 template <class Strip, int kSteps, bool kMany>
 struct SiluAndMul {
-  static constexpr int kRows = Strip::kRows, kStrips = kMany ? kWalkTokens / Strip::kTokens : 1;
+  static constexpr int kRows = Strip::kRows;
 
   const ActivationArgs& args;
   const Rows& rows;
@@ -61,19 +61,9 @@ struct SiluAndMul {
       up_b.fetch(up, first, left);
     }
     const StripSource<Strip, kMany> strips(rows);
-    const StripRows<Strip> first_rows = strips(0);
-    wait_for_previous_kernel();
-    fetch(first_rows, 0);
-    SGL_NO_UNROLL
-    for (int strip = 1; strip < kStrips; ++strip) fetch(strips(strip), strip);  // the last row again, where there are no more
-    SGL_NO_UNROLL
-    for (int strip = 0; strip * Strip::kTokens < rows.count; ++strip) {
-      const StripRows<Strip> at = kMany ? strips(strip) : first_rows;
-      inputs.wait();
-      finish(at, strip);
-      if (!kMany) return;
-      inputs.fetched();
-    }
+    for_strips(
+        strips, rows.count, inputs, [&](const StripRows<Strip>& at, int strip) { fetch(at, strip); },
+        [&](const StripRows<Strip>& at, int strip) { finish(at, strip); });
   }
 
  private:

@@ -142,7 +142,7 @@ SGL_DEVICE void qk_norm_rope_plain(const RopeArgs& args) {
 // strips of a tile; without, what is static and small is fetched ahead.
 template <int kHeadDim, class Strip, int kSteps, bool kMany>
 struct QkNormRope {
-  static constexpr int kRows = Strip::kRows, kStrips = kMany ? kWalkTokens / Strip::kTokens : 1;
+  static constexpr int kRows = Strip::kRows;
   static constexpr int kWarps = kHeadDim / (2 * Strip::kColumns);  // of a head
   static constexpr int kBlockHeads = rope_block_heads(kHeadDim, kMany ? kWalkTokens : 16, true);
   static constexpr int kSumsBytes = rope_sums_bytes(kHeadDim, kBlockHeads);
@@ -174,21 +174,10 @@ struct QkNormRope {
     }
     const StripSource<Strip, kMany> strips(rows);
     const Places<kMany> places(head, strips);
-    const StripRows<Strip> first_rows = strips(0);
     if (!kMany) weight = head.weight(), bias = head.bias(), load_turns(places, 0);
-    wait_for_previous_kernel();
-    fetch(first_rows, 0);
-    SGL_NO_UNROLL
-    for (int strip = 1; strip < kStrips; ++strip) fetch(strips(strip), strip);  // the last row again, where there are no more
-    SGL_NO_UNROLL
-    for (int strip = 0; strip * Strip::kTokens < rows.count; ++strip) {
-      const StripRows<Strip> at = kMany ? strips(strip) : first_rows;
-      if (kMany) weight = head.weight(), bias = head.bias();
-      inputs.wait();
-      finish(at, strip, places);
-      if (!kMany) return;
-      inputs.fetched();
-    }
+    for_strips(
+        strips, rows.count, inputs, [&](const StripRows<Strip>& at, int strip) { fetch(at, strip); },
+        [&](const StripRows<Strip>& at, int strip) { finish(at, strip, places); });
   }
 
  private:
@@ -240,6 +229,7 @@ struct QkNormRope {
     for (int i = 0; i < kRows; ++i) turn[i] = head.turn(places.position_of(strip, i));
   }
   __device__ __forceinline__ void finish(const StripRows<Strip>& at, int strip, const Places<kMany>& places) {
+    if (kMany) weight = head.weight(), bias = head.bias();
     Strip low_term = {}, high_term = {};
     if (module.b != nullptr) {
       const UStrip<Strip, kSteps>& u = inputs.get_u(strip, 0, module, at);

@@ -159,6 +159,25 @@ struct StripInputs<Strip, kSteps, kThreads, kFactors, true> {
   }
 };
 
+// Once the previous kernel has finished, all strips of a tile, or the only one of a warp that does not walk: `fetch(rows, strip)` asks
+// for what `finish(rows, strip)` takes from `inputs`.
+template <class Strip, bool kWalks, class Inputs, class Fetch, class Finish>
+SGL_DEVICE void for_strips(const StripSource<Strip, kWalks>& strips, int count, const Inputs& inputs, Fetch fetch, Finish finish) {
+  constexpr int kStrips = kWalks ? kWalkTokens / Strip::kTokens : 1;
+  const StripRows<Strip> first = strips(0);
+  wait_for_previous_kernel();
+  fetch(first, 0);
+  SGL_NO_UNROLL
+  for (int strip = 1; strip < kStrips; ++strip) fetch(strips(strip), strip);  // the last row again, where there are no more
+  SGL_NO_UNROLL
+  for (int strip = 0; strip * Strip::kTokens < count; ++strip) {
+    inputs.wait();
+    finish(kWalks ? strips(strip) : first, strip);
+    if (!kWalks) return;
+    inputs.fetched();
+  }
+}
+
 // Runs `body(true)` once the previous kernel has finished. Its code is cold then, and to fetch it takes longer than to run it, so a
 // kernel that starts early runs `body(false)` before that: the same with no rows, reading and writing nothing of theirs.
 template <class Body>
