@@ -312,7 +312,6 @@ def functions(text: str) -> set[str]:
     return set(re.findall(r"SGL_DEVICE [\w*& ]*?\b(\w+)\(", text)) - {
         "shared_address",
         "read_cluster",
-        "tile_descriptor",
     }
 
 

@@ -956,18 +956,18 @@ GROUP_MUTANTS = {
     ),
     "multiplies a step too few": Mutant(
         GROUP_GEMM,
-        "step < steps; ++step) {\n      wait_for_arrivals(filled",
-        "step < steps - 1; ++step) {\n      wait_for_arrivals(filled",
+        "step < steps; ++step) {\n      const Operand",
+        "step < steps - 1; ++step) {\n      const Operand",
         f"leaves while a tile|{STUCK}",
     ),
     "loses columns of a step": Mutant(GROUP_GEMM, "int i = 0; i < 4", "int i = 0; i < 3", NUMBERS),
     "multiplies the same columns": Mutant(
-        GROUP_GEMM, "stage(step) + kTokenBytes, i)", "stage(step) + kTokenBytes, 0)", NUMBERS
+        GROUP_GEMM, "(sums, tokens, weights, i)", "(sums, tokens, weights, 0)", NUMBERS
     ),
     "takes weights for tokens": Mutant(
         GROUP_GEMM,
-        "(sums, stage(step), stage(step) + kTokenBytes, i)",
-        "(sums, stage(step) + kTokenBytes, stage(step), i)",
+        "(sums, tokens, weights, i)",
+        "(sums, weights, tokens, i)",
         f"{NUMBERS}|{NOT_THERE}",
     ),
     "sums begin with something": Mutant(GROUP_GEMM, "sums.v[i] = 0.f", "sums.v[i] = 1.f", NUMBERS),
@@ -977,13 +977,16 @@ GROUP_MUTANTS = {
         "      group_begin();\n      if (step == 2) sums.v[0] = 0.f;\n",
         "race: writes sums",
     ),
+    "a value of its own in every lane": Mutant(
+        GROUP_GEMM, "same_in_all_lanes(warp_id())", "same_in_all_lanes(thread_id())", r"same_in_all_lanes of \d+, and of \d+ in"
+    ),
     "a fifth warp multiplies": Mutant(
-        GROUP_GEMM, "if (thread_id() < kWarpgroup) multiply", "multiply", "multiplies as thread"
+        GROUP_GEMM, "      copy();\n    }\n", "      copy();\n    }\n    multiply(sums);\n", "multiplies as thread"
     ),
     "a warp copies": Mutant(
         GROUP_GEMM,
-        "if (thread_id() == kWarpgroup) copy",
-        "if (thread_id() >= kWarpgroup) copy",
+        "} else if (lane_id() == 0) {",
+        "} else {",
         f"arrives at|{ON_ITS_WAY}|are brought to",
     ),
     "tiles at a multiple of 128": Mutant(
@@ -997,7 +1000,7 @@ GROUP_MUTANTS = {
     ),
     "all of the sum in every block": Mutant(
         GROUP_GEMM,
-        "cluster_rank() * args.part_columns",
+        "same_in_all_lanes(cluster_rank()) * args.part_columns",
         "0",
         NUMBERS,
     ),
@@ -1032,7 +1035,7 @@ GROUP_MUTANTS = {
     ),
     "no barrier after the sums are read": Mutant(
         GROUP_GEMM,
-        "    cluster_barrier();  // nobody leaves while others read its sums\n",
+        "    cluster_started();  // nobody leaves while others read its sums; y may still be on its way\n",
         "",
         "leaves while|which has left",
     ),

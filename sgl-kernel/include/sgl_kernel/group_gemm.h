@@ -3,7 +3,9 @@
 //
 // A block computes all token rows of kRows columns of y over its part of K; the blocks of a cluster take the parts, and the parts are
 // added in the order of their ranks: a row's bits depend on the matrix alone. Weights are static, so the ring is full of them before
-// the previous kernel has finished. What comes after has to fetch its code first, which is why loops are not unrolled.
+// the previous kernel has finished. What comes after has to fetch its code first, which is why loops are not unrolled. Who multiplies is a
+// single warp to each scheduler, so every instruction between two products counts: the ring is walked with what the compiler knows to be
+// the same in all lanes, out of registers that a product takes its tiles from.
 #pragma once
 
 #include "geometry.h"
@@ -34,7 +36,7 @@ struct GroupGemm {
     let_next_kernel_start();
     uint8_t* const ring = align_shared(shared_memory(), 1024);
     Arrivals* const filled = reinterpret_cast<Arrivals*>(ring + kStages * kStageBytes);
-    const int begin = cluster_rank() * args.part_columns, left = args.in_features - begin;
+    const int begin = same_in_all_lanes(cluster_rank()) * args.part_columns, left = args.in_features - begin;
     const int columns = left < args.part_columns ? left : args.part_columns;
     GroupGemm{args, ring, filled, filled + kStages, cluster_x() * kRows, begin, (columns + 63) / 64}.run();
   }
@@ -50,8 +52,11 @@ struct GroupGemm {
     }
     barrier();
     GroupSums<kRows> sums;
-    if (thread_id() == kWarpgroup) copy();
-    if (thread_id() < kWarpgroup) multiply(sums);
+    if (same_in_all_lanes(warp_id()) < kWarpgroup / kWarp) {
+      multiply(sums);
+    } else if (lane_id() == 0) {
+      copy();
+    }
     wait_for_previous_kernel();  // which may read what y was
     if (args.num_splits == 1) {
       if (thread_id() < kWarpgroup) store(sums);
@@ -88,12 +93,14 @@ struct GroupGemm {
   __device__ __forceinline__ void multiply(GroupSums<kRows>& sums) const {
     SGL_UNROLL
     for (int i = 0; i < kRows / 2; ++i) sums.v[i] = 0.f;
+    const Operand first = operand_at(ring);
     SGL_NO_UNROLL
     for (int step = 0; step < steps; ++step) {
+      const Operand tokens = operand_after(first, step % kStages * kStageBytes), weights = operand_after(tokens, kTokenBytes);
       wait_for_arrivals(filled + step % kStages, step / kStages % 2);
       group_begin();
       SGL_UNROLL
-      for (int i = 0; i < 4; ++i) multiply_tiles(sums, stage(step), stage(step) + kTokenBytes, i);
+      for (int i = 0; i < 4; ++i) multiply_tiles(sums, tokens, weights, i);
       group_commit();
       group_wait<1>(sums);
       if (step > 0 && thread_id() == 0) arrive(free + (step - 1) % kStages);
@@ -128,6 +135,7 @@ struct GroupGemm {
     SGL_NO_UNROLL
     for (int i = first * kQuads + thread_id(); i < last * kQuads; i += kThreads) {
       const int token = i / kQuads, row = i % kQuads * 4, n = first_row + row;
+      if (n >= args.out_features) continue;
       const Float4* const place = reinterpret_cast<const Float4*>(part + token * kSumStride + row);
       Float4 more[kGroupSplits];
       SGL_UNROLL
@@ -139,12 +147,12 @@ struct GroupGemm {
         if (other < parts)
           SGL_UNROLL
           for (int j = 0; j < 4; ++j) sum.v[j] += more[other].v[j];
-      if (n >= args.out_features) continue;
       uint32_t* const y = reinterpret_cast<uint32_t*>(args.y + token * args.y_stride + n);
       y[0] = pack_bf16(sum.v[0], sum.v[1]);
       y[1] = pack_bf16(sum.v[2], sum.v[3]);
     }
-    cluster_barrier();  // nobody leaves while others read its sums
+    cluster_start();
+    cluster_started();  // nobody leaves while others read its sums; y may still be on its way
   }
 };
 

@@ -539,6 +539,9 @@ SGL_DEVICE void wait_for_arrivals(Arrivals* a, int parity) {
       : "memory");
 }
 
+// What all lanes of a warp have alike, so that the compiler can tell: it then keeps it, and what follows from it, once for the warp.
+SGL_DEVICE int same_in_all_lanes(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+
 // What the caches should do with a tile: its lines are used once, or by other blocks too.
 enum class Reuse : uint64_t { kNone = 0x12f0000000000000, kSoon = 0x14f0000000000000 };
 
@@ -561,9 +564,13 @@ struct GroupSums {
   SGL_DEVICE int column(int i) { return i / 2 * 8 + lane_id() % 4 * 2; }
 };
 
-SGL_DEVICE uint64_t tile_descriptor(const void* tile, int step) {  // 1024 bytes from eight rows to the next; 128-byte swizzle
-  return (shared_address(tile) + step * 32) >> 4 & 0x3fff | uint64_t{1} << 16 | uint64_t{64} << 32 | uint64_t{1} << 62;
-}
+// A tile as products take it: the half of its descriptor that says where. The other half, 0x40000040, says that eight rows take 1024 bytes,
+// swizzled.
+struct Operand {
+  uint32_t low;
+};
+SGL_DEVICE Operand operand_at(const void* tile) { return {(shared_address(tile) & 0x3ffff) >> 4 | 1u << 16}; }
+SGL_DEVICE Operand operand_after(const Operand& tile, int bytes) { return {tile.low + bytes / 16}; }
 
 // Around a run of `multiply_tiles`: before the first, after the last, and until all but the last kPending runs are done. The
 // sums may be used, and the tiles overwritten, after that alone.
@@ -584,21 +591,25 @@ SGL_DEVICE void group_wait(GroupSums<N>& sums) {
 #define SGL_REGISTERS48 SGL_REGISTERS32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define SGL_REGISTERS64 SGL_REGISTERS48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
+#define SGL_MULTIPLY(columns, registers, low_a, low_b)                                     \
+  "{\n.reg .b64 a, b;\nmov.b64 a, {" low_a ", 0x40000040};\nmov.b64 b, {" low_b ", 0x40000040};\n" \
+  "wgmma.mma_async.sync.aligned.m64n" columns "k16.f32.bf16.bf16 {" registers "}, a, b, 1, 1, 1, 0, 0;\n}"
+
 // D += A B^T over columns 16 step ... 16 step + 15 of a tile of 64 rows and one of N.
-SGL_DEVICE void multiply_tiles(GroupSums<64>& d, const void* a, const void* b, int step) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" SGL_REGISTERS32 "}, %32, %33, 1, 1, 1, 0, 0;"
+SGL_DEVICE void multiply_tiles(GroupSums<64>& d, const Operand& a, const Operand& b, int step) {
+  asm volatile(SGL_MULTIPLY("64", SGL_REGISTERS32, "%32", "%33")
                : SGL_SUMS16(0), SGL_SUMS16(16)
-               : "l"(tile_descriptor(a, step)), "l"(tile_descriptor(b, step)));
+               : "r"(a.low + step * 2), "r"(b.low + step * 2));
 }
-SGL_DEVICE void multiply_tiles(GroupSums<96>& d, const void* a, const void* b, int step) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {" SGL_REGISTERS48 "}, %48, %49, 1, 1, 1, 0, 0;"
+SGL_DEVICE void multiply_tiles(GroupSums<96>& d, const Operand& a, const Operand& b, int step) {
+  asm volatile(SGL_MULTIPLY("96", SGL_REGISTERS48, "%48", "%49")
                : SGL_SUMS16(0), SGL_SUMS16(16), SGL_SUMS16(32)
-               : "l"(tile_descriptor(a, step)), "l"(tile_descriptor(b, step)));
+               : "r"(a.low + step * 2), "r"(b.low + step * 2));
 }
-SGL_DEVICE void multiply_tiles(GroupSums<128>& d, const void* a, const void* b, int step) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" SGL_REGISTERS64 "}, %64, %65, 1, 1, 1, 0, 0;"
+SGL_DEVICE void multiply_tiles(GroupSums<128>& d, const Operand& a, const Operand& b, int step) {
+  asm volatile(SGL_MULTIPLY("128", SGL_REGISTERS64, "%64", "%65")
                : SGL_SUMS16(0), SGL_SUMS16(16), SGL_SUMS16(32), SGL_SUMS16(48)
-               : "l"(tile_descriptor(a, step)), "l"(tile_descriptor(b, step)));
+               : "r"(a.low + step * 2), "r"(b.low + step * 2));
 }
 #endif
 

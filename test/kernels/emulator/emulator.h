@@ -288,6 +288,8 @@ SGL_DEVICE void wait_for_arrivals(Arrivals* a, int parity, emu::Place place = em
   emu::wait_for_arrivals(a, parity, place);
 }
 
+SGL_DEVICE int same_in_all_lanes(int value, emu::Place place = emu::here()) { return emu::same_in_all_lanes(value, place); }
+
 enum class Reuse : uint64_t { kNone = 0x12f0000000000000, kSoon = 0x14f0000000000000 };
 
 SGL_DEVICE void copy_tile(void* shared, const TensorMap& map, int row, int column, Arrivals* done, Reuse) {
@@ -303,6 +305,12 @@ struct GroupSums {
   SGL_DEVICE int column(int i) { return i / 2 * 8 + lane_id() % 4 * 2; }
 };
 
+struct Operand {
+  const uint8_t* tile;
+};
+SGL_DEVICE Operand operand_at(const void* tile) { return {static_cast<const uint8_t*>(tile)}; }
+SGL_DEVICE Operand operand_after(const Operand& tile, int bytes) { return {tile.tile + bytes}; }
+
 SGL_DEVICE void group_begin(emu::Place place = emu::here()) { emu::group_begin(place); }
 SGL_DEVICE void group_commit(emu::Place place = emu::here()) { emu::group_commit(place); }
 template <int kPending, int N>
@@ -310,9 +318,9 @@ SGL_DEVICE void group_wait(GroupSums<N>& sums, emu::Place place = emu::here()) {
   emu::group_wait(kPending, sums.v, place);
 }
 template <int N>
-SGL_DEVICE void multiply_tiles(GroupSums<N>& d, const void* a, const void* b, int step, emu::Place place = emu::here()) {
+SGL_DEVICE void multiply_tiles(GroupSums<N>& d, const Operand& a, const Operand& b, int step, emu::Place place = emu::here()) {
   static_assert(N == 64 || N == 96 || N == 128, "");
-  emu::multiply_tiles(d.v, N, a, b, step, place);
+  emu::multiply_tiles(d.v, N, a.tile, b.tile, step, place);
 }
 #endif
 

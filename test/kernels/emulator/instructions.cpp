@@ -111,4 +111,10 @@ float shuffle(float value, int lane, Place place) {
   return e.result;
 }
 
+int same_in_all_lanes(int value, Place place) {
+  const int first = __builtin_bit_cast(int, shuffle(__builtin_bit_cast(float, value), 0, place));
+  if (first != value) fail("same_in_all_lanes of %d, and of %d in the first lane", value, first);
+  return value;
+}
+
 }  // namespace emu

@@ -35,6 +35,7 @@ void wait_for_copies(int pending);                                             /
 void wait_for_previous_kernel();
 void trap();
 
+int same_in_all_lanes(int value, Place place);  // refuses what is not
 float shuffle(float value, int lane, Place place);               // ds_bpermute, shfl.sync.idx
 void ldmatrix_x4(uint32_t* r, const void* row, Place place);     // ldmatrix.m8n8.x4.b16
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, Place place);            // bf16, warp of 32

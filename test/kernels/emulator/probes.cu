@@ -316,7 +316,7 @@ SGL_DEVICE void multiply_once(const GroupGemmArgs& args) {
   if (kSlip != Slip::kNoBegin) group_begin();
   for (int i = 0; i < 4; ++i)
     if (kSlip != Slip::kThreeWarps || warp_id() < 3)
-      multiply_tiles(sums, a, b, kSlip == Slip::kOtherTiles && warp_id() == 2 ? 3 - i : i);
+      multiply_tiles(sums, operand_at(a), operand_at(b), kSlip == Slip::kOtherTiles && warp_id() == 2 ? 3 - i : i);
   if (kSlip != Slip::kThreeWarps || warp_id() < 3) group_commit();
   if (kSlip == Slip::kCopiesOverTile && thread == 0) {
     arrive_expecting(filled, 8192);
