@@ -978,7 +978,10 @@ GROUP_MUTANTS = {
         "race: writes sums",
     ),
     "a value of its own in every lane": Mutant(
-        GROUP_GEMM, "same_in_all_lanes(warp_id())", "same_in_all_lanes(thread_id())", r"same_in_all_lanes of \d+, and of \d+ in"
+        GROUP_GEMM,
+        "same_in_all_lanes(warp_id())",
+        "same_in_all_lanes(thread_id())",
+        r"same_in_all_lanes of \d+, and of \d+ in",
     ),
     "a fifth warp multiplies": Mutant(
         GROUP_GEMM, "      copy();\n    }\n", "      copy();\n    }\n    multiply(sums);\n", "multiplies as thread"
