@@ -4,7 +4,8 @@
 
 A CUDA graph has 28 calls, each on a layer of its own as far as memory allows, so that no K or V is found in the L2
 cache. Tokens lie scattered over the pool, as after hours of serving. With --tune: the best tiles and splits for each
-case. With --flashinfer: its kernels beside ours, in pages of 16. Prints a table and, with --out, JSON lines.
+case. With --flashinfer: its kernels beside ours, in pages of 16. With --page-size 1 16 64: one size beside the other.
+Prints a table and, with --out, JSON lines.
 """
 
 from __future__ import annotations
@@ -237,44 +238,46 @@ def main() -> None:
     parser.add_argument("--max-context", type=int, default=40960, help="of the server whose defaults are measured")
     parser.add_argument("--no-prefill", action="store_true")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--page-size", type=int, default=1)
+    parser.add_argument("--page-size", type=int, nargs="+", default=[16], help="tokens of a page (default: 16)")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--flashinfer", action="store_true", help="which must be installed; pages of 16")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
-    args.page_size = 16 if args.flashinfer else args.page_size
-    print(f"{args.model} {args.dtype}, pages of {args.page_size}; {torch.cuda.get_device_name()}, {torch.__version__}")
+    print(f"{args.model} {args.dtype}; {torch.cuda.get_device_name()}, {torch.__version__}")
 
     def report(row: dict[str, object], line: str) -> None:
         print(line, flush=True)
         if args.out:
             with args.out.open("a") as file:
-                file.write(json.dumps({"model": args.model, "page_size": args.page_size, **row}) + "\n")
+                file.write(json.dumps({"model": args.model, **row}) + "\n")
 
-    for batch, context in product(args.decode, args.contexts):
-        pool = Pool(args.model, batch, context, args.page_size, dtype)
+    for batch, context, page_size in product(args.decode, args.contexts, args.page_size):
+        pool = Pool(args.model, batch, context, page_size, dtype)
         size = 2 * dtype.itemsize * batch * (context * pool.kv_heads + pool.heads) * pool.dim
-        others = flashinfer_decodes(pool) if args.flashinfer else ()
+        others = flashinfer_decodes(pool) if args.flashinfer and page_size == 16 else ()
         for us, what in timed(chain(decode_variants(pool, args.max_context, args.tune), others), args.repeats):
             rate, floor = size / us / 1e6, size / BANDWIDTH * 1e6
-            row = {"kind": "decode", "batch": batch, "context": context, "what": what, "us": us, "tb_per_s": rate}
+            case = {"kind": "decode", "batch": batch, "context": context, "page_size": page_size}
             report(
-                row, f"decode {batch:3d} x {context:4d} {what:36s} {us:8.1f} us  floor {floor:7.1f}  {rate:5.2f} TB/s"
+                {**case, "what": what, "us": us, "tb_per_s": rate},
+                f"decode {batch:3d} x {context:4d} in pages of {page_size:2d} {what:36s} {us:8.1f} us  "
+                f"floor {floor:7.1f}  {rate:5.2f} TB/s",
             )
         del pool
         torch.cuda.empty_cache()
-    for batch, context in [] if args.no_prefill else PREFILLS:
-        pool = Pool(args.model, batch, context, args.page_size, dtype)
+    for (batch, context), page_size in product([] if args.no_prefill else PREFILLS, args.page_size):
+        pool = Pool(args.model, batch, context, page_size, dtype)
         flops = 4 * pool.dim * pool.heads * batch * context * (context + 1) / 2
-        others = flashinfer_prefills(pool) if args.flashinfer else ()
+        others = flashinfer_prefills(pool) if args.flashinfer and page_size == 16 else ()
         for us, what in timed(chain(prefill_variants(pool, args.tune), others), args.repeats):
-            row = {"kind": "prefill", "batch": batch, "context": context, "what": what, "us": us}
+            case = {"kind": "prefill", "batch": batch, "context": context, "page_size": page_size}
             rate = flops / us / 1e6
             report(
-                {**row, "tflop_per_s": rate},
-                f"prefill {batch:2d} x {context:4d} {what:36s} {us:8.1f} us  {rate:6.1f} TFLOP/s",
+                {**case, "what": what, "us": us, "tflop_per_s": rate},
+                f"prefill {batch:2d} x {context:4d} in pages of {page_size:2d} {what:36s} {us:8.1f} us  "
+                f"{rate:6.1f} TFLOP/s",
             )
         del pool
         torch.cuda.empty_cache()
