@@ -3,9 +3,10 @@
     python benchmark/kernels/lora_step.py --model qwen3-1.7b --ranks 8 16 64 --out lora.jsonl
 
 A step is, for every layer, qkv, norm of heads + rotation + KV write, o, add + norm, gate_up, SwiGLU, down, add + norm;
-there is no attention. Every layer has its own weights and adapters, so that none is found in the L2 cache. Where the
-product is ours, rows of A are in its tile list; beside cuBLAS, an only adapter's are the last rows of the weight,
-and those of several are multiplied by `lora_shrink` on a branch. B is added by the kernel that reads the product.
+there is no attention. Every layer has its own weights and adapters, so that none is found in the L2 cache. Products are
+ours or cuBLAS's as in the server. Up to 16 rows those of A are in the product's tile list; beyond, A of up to four
+adapters is the last rows of the weight, and that of more is multiplied by `lora_shrink` on a branch. B is added by the
+kernel that reads the product.
 `bytes` is the least that adapters add: A and B of live adapters, once; `floor` its time.
 """
 
@@ -26,13 +27,14 @@ from torch import Tensor
 from sgl_kernel import _binding
 from sgl_kernel.lora.batch import BatchShape, build_batch
 from sgl_kernel.lora.layout import HEADER_BYTES, RANK_STEP, LoraGroup, LoraLayout, round_up
+from sgl_kernel.ops import streamed_rows
 from sgl_kernel.types import LoraBatch, LoraDelta, LoraSlabs
 
 BANDWIDTH = 4.3e12
 """Bytes a second that an H200 copies at (measured)."""
 HEAD_DIM = 128
-MAX_OURS = 16
-"""Token rows up to which products are ours here: those that take rows of A along."""
+FEW_ROWS, FEW_ADAPTERS = 16, 4
+"""Token rows whose product takes rows of A along, and adapters whose A is behind the weight for more rows."""
 PROMPT = 8192
 
 
@@ -88,16 +90,16 @@ class Adapters:
         self.extended: list[dict[str, Tensor]] = []
 
     def extend(self, weights: list[dict[str, Tensor]]) -> None:
-        """Make copies of the weights with the first adapter's rows of A behind them."""
+        """Make copies of the weights with every adapter's rows of A behind them."""
         for layer, matrices in enumerate(weights):
             sites = {name: self.layout.site(layer, name) for name in matrices}
             rows = {
-                name: self.slabs.data[0, site.a_offset : site.a_offset + site.u_width * site.in_features * 2]
+                name: self.slabs.data[:, site.a_offset : site.a_offset + site.u_width * site.in_features * 2]
                 for name, site in sites.items()
             }
             self.extended.append(
                 {
-                    name: torch.cat([weight, rows[name].view(torch.bfloat16).view(-1, weight.shape[1])])
+                    name: torch.cat([weight, rows[name].view(torch.bfloat16).reshape(-1, weight.shape[1])])
                     for name, weight in matrices.items()
                 }
             )
@@ -134,35 +136,39 @@ class Step:
         self.side = torch.cuda.Stream()
         ops = _binding.native_for(self.x)
         assert ops is not None, "no binary for this GPU"
-        self.ops = ops
+        self.ops, self.streamed = ops, streamed_rows(self.x)
 
     def project(self, name: str, x: Tensor, layer: int, adapters: Adapters | None) -> LoraDelta | None:
         """One product; the low-rank term that is still to be added."""
         weight, y = self.weights[layer][name], self.out[name]
         if adapters is None:
-            if self.tokens <= MAX_OURS:
-                self.ops.skinny_gemm(x, weight, y)
-            else:
-                torch.mm(x, weight.t(), out=y)
+            self.multiply(x, weight, y)
             return None
         site = adapters.layout.site(layer, name)
         lora = (adapters.slabs, site, adapters.batch)
         if adapters.extended:
-            y = self.extended(name, site.u_width)
-            torch.mm(x, adapters.extended[layer][name].t(), out=y)
+            y = self.extended(name, len(adapters.slabs.data) * site.u_width)
+            self.multiply(x, adapters.extended[layer][name], y)
             self.out[name] = y[:, : len(weight)]
-            return LoraDelta(y[:, len(weight) :], *lora)
+            return LoraDelta(y[:, len(weight) :], *lora, site.u_width)
         u = torch.empty(self.tokens, site.u_width, device="cuda", dtype=torch.bfloat16)
-        if self.tokens <= MAX_OURS:
+        if self.tokens <= FEW_ROWS:
             self.ops.skinny_gemm(x, weight, y, (*lora, u))
         else:
             main = torch.cuda.current_stream()
             self.side.wait_stream(main)
             with torch.cuda.stream(self.side):
                 self.ops.lora_shrink(x, *lora, u)
-            torch.mm(x, weight.t(), out=y)
+            self.multiply(x, weight, y)
             main.wait_stream(self.side)
-        return LoraDelta(u, adapters.slabs, site, adapters.batch)
+        return LoraDelta(u, *lora)
+
+    def multiply(self, x: Tensor, weight: Tensor, y: Tensor) -> None:
+        """y = x W^T as the server does it for so many rows."""
+        if self.tokens <= self.streamed:
+            self.ops.skinny_gemm(x, weight, y)
+        else:
+            torch.mm(x, weight.t(), out=y)
 
     def extended(self, name: str, columns: int) -> Tensor:
         """A product's output with columns for u behind it, its rows at multiples of 128 bytes."""
@@ -233,7 +239,7 @@ def main() -> None:
             bases[tokens] = (step, graph_us(lambda step=step: step.run(None), args.repeats))
         step, base = bases[tokens]
         adapters = Adapters(model, rank, count, tokens)
-        if tokens > MAX_OURS and count == 1:
+        if tokens > FEW_ROWS and count <= FEW_ADAPTERS:
             adapters.extend(weights)
         full = graph_us(lambda step=step, adapters=adapters: step.run(adapters), args.repeats)
         floor = adapters.bytes / BANDWIDTH * 1e6
