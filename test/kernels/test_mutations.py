@@ -469,7 +469,10 @@ NORM_MUTANTS = {
         NORM, "compute_scales();\n      barrier();", "compute_scales();", RACE, VENDORS
     ),
     "writes to blocks that may not have started": Mutant(
-        NORM, "if (cluster_size() > 1) cluster_started();", "", "may not have started"
+        NORM, "if (cluster_size() > 1) cluster_started();", "", "may not have started|before the cluster_started"
+    ),
+    "ends a barrier that it has not begun": Mutant(
+        NORM, "if (cluster_size() > 1) cluster_start();", "", "with no cluster_start"
     ),
     "does not wait for the weight": Mutant(NORM, "async_wait<0>();", "", ON_ITS_WAY),
     "does not wait for the previous kernel": Mutant(
@@ -1041,6 +1044,13 @@ GROUP_MUTANTS = {
         "    cluster_started();  // nobody leaves while others read its sums; y may still be on its way\n",
         "",
         "leaves while|which has left",
+    ),
+    "ends a barrier that it has not begun": Mutant(GROUP_GEMM, "    cluster_start();\n", "", "with no cluster_start"),
+    "sums are read behind a barrier that orders nothing": Mutant(
+        GROUP_GEMM,
+        "    cluster_barrier();\n    constexpr int kQuads",
+        "    cluster_start();\n    cluster_started();\n    constexpr int kQuads",
+        RACE,
     ),
     "adds its own part alone": Mutant(
         GROUP_GEMM, "cluster_load(place, other)", "cluster_load(place, cluster_rank())", NUMBERS

@@ -256,8 +256,8 @@ SGL_DEVICE int cluster_x() { return emu::block_x() / emu::cluster_size(); }
 SGL_DEVICE int cluster_size() { return emu::cluster_size(); }
 SGL_DEVICE void cluster_barrier(emu::Place place = emu::here()) { emu::cluster_barrier(place); }
 // The first half is free of effects here, and the second the whole barrier.
-SGL_DEVICE void cluster_start() {}
-SGL_DEVICE void cluster_started(emu::Place place = emu::here()) { emu::cluster_barrier(place); }
+SGL_DEVICE void cluster_start() { emu::cluster_start(); }
+SGL_DEVICE void cluster_started(emu::Place place = emu::here()) { emu::cluster_started(place); }
 template <class T>
 SGL_DEVICE T read_cluster(const T* p, int rank) {
   T value;

@@ -140,18 +140,19 @@ void share_knowledge(Block& block, int first, int count) {
   for (int i = first; i < first + count; ++i) block.threads[i].known = all;
 }
 
+void check_all_are_here(const Block& block) {
+  for (int i = 0; i < machine.launch->threads; ++i)
+    if (!is_with(block.threads[i]))
+      fail("divergence at %s (%s:%d): thread %d is at line %d", machine.current->waits_at, machine.current->place.file,
+           machine.current->place.line, i, block.threads[i].place.line);
+}
 void release_block(Block& block) {
+  check_all_are_here(block);
   block.arrived = 0;
   ++block.barriers;
   bool waited = false;
   for (int i = 0; i < machine.launch->threads; ++i) waited |= block.threads[i].waited;
-  for (int i = 0; i < machine.launch->threads; ++i) {
-    Thread& thread = block.threads[i];
-    if (!is_with(thread))
-      fail("divergence at %s (%s:%d): thread %d is at line %d", machine.current->waits_at, machine.current->place.file,
-           machine.current->place.line, thread.id, thread.place.line);
-    thread.waited = waited;
-  }
+  for (int i = 0; i < machine.launch->threads; ++i) block.threads[i].waited = waited;
   share_knowledge(block, 0, machine.launch->threads);
 }
 void wake_block(Block& block) {
@@ -165,7 +166,7 @@ size_t shared_room(const Launch& launch) { return (launch.shared_bytes + 127) / 
 
 void place_cluster(const Launch& launch, int index, uint8_t* shared) {
   const int warps_each = launch.threads / launch.warp, clusters_x = launch.grid_x / launch.cluster;
-  machine.cluster_barriers = 1;
+  machine.cluster_barriers = machine.cluster_meetings = 1;
   machine.cluster_arrived = 0;
   for (int rank = 0; rank < launch.cluster; ++rank) {
     Block& block = machine.blocks[rank];
@@ -190,7 +191,7 @@ void place_cluster(const Launch& launch, int index, uint8_t* shared) {
       thread.group = 0;
       thread.known = {};
       thread.num_sums = 0;
-      thread.begun = false;
+      thread.begun = thread.started = false;
       release(thread);
     }
   }
@@ -308,12 +309,38 @@ void warp_barrier(Place place) {
   });
 }
 
-void cluster_barrier(Place place) {
-  wait_at("cluster_barrier", place, nullptr);
-  if (++machine.cluster_arrived < machine.launch->threads * machine.launch->cluster) return yield();
+namespace {
+
+// Whether this thread is the last one; the others wait.
+bool meet_cluster(const char* what, Place place) {
+  wait_at(what, place, nullptr);
+  if (++machine.cluster_arrived < machine.launch->threads * machine.launch->cluster) {
+    yield();
+    return false;
+  }
   machine.cluster_arrived = 0;
+  ++machine.cluster_meetings;
+  return true;
+}
+
+}  // namespace
+
+void cluster_barrier(Place place) {
+  if (machine.current->started) fail("cluster_barrier before the cluster_started of a cluster_start");
+  if (!meet_cluster("cluster_barrier", place)) return;
   ++machine.cluster_barriers;
   for (Block& block : machine.blocks) release_block(block);
+  for (Block& block : machine.blocks) wake_block(block);
+}
+void cluster_start() {
+  if (machine.current->started) fail("cluster_start before the cluster_started of the last one");
+  machine.current->started = true;
+}
+void cluster_started(Place place) {
+  if (!machine.current->started) fail("cluster_started with no cluster_start before it");
+  machine.current->started = false;
+  if (!meet_cluster("cluster_started", place)) return;
+  for (Block& block : machine.blocks) check_all_are_here(block);
   for (Block& block : machine.blocks) wake_block(block);
 }
 

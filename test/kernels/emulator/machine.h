@@ -23,6 +23,8 @@ uint8_t* shared_memory();
 void barrier(Place place);
 void warp_barrier(Place place);  // orders accesses to shared memory of the lanes of this warp
 void cluster_barrier(Place place);
+void cluster_start();
+void cluster_started(Place place);  // orders nothing
 // What another block of the cluster has at the same place.
 void read_cluster(void* value, const void* shared, int rank, int bytes);
 void write_cluster(void* shared, int rank, const void* value, int bytes);

@@ -319,7 +319,7 @@ void read_cluster(void* value, const void* shared, int rank, int bytes) {
   check_alignment(place, bytes, kRead);
   if (block.left == machine.launch->threads)
     fail("reads shared memory of block %d of its cluster, which has left", rank);
-  block.remote_reads_at = machine.cluster_barriers;
+  block.remote_reads_at = machine.cluster_meetings;
   for (int i = 0; i < bytes / 2; ++i) {
     SharedCell& cell = cells_of(block, place)[i];
     if (!cell.write_barrier) fail("reads %s, which nobody has written", describe(place));
@@ -344,10 +344,10 @@ void write_cluster(void* shared, int rank, const void* value, int bytes) {
   uint8_t* const place = block.shared + offset;
   if (offset < 0 || offset + bytes > machine.launch->shared_bytes) fail("writes %d bytes at %s", bytes, describe(place));
   check_alignment(place, bytes, kWrite);
-  if (machine.cluster_barriers == 1)
+  if (machine.cluster_meetings == 1)
     fail("writes shared memory of block %d of its cluster, which may not have started", rank);
   if (block.left) fail("writes shared memory of block %d of its cluster, which has left", rank);
-  block.remote_reads_at = machine.cluster_barriers;
+  block.remote_reads_at = machine.cluster_meetings;
   const uint16_t now = static_cast<uint16_t>(machine.cluster_barriers);
   for (int i = 0; i < bytes / 2; ++i) {
     SharedCell& cell = cells_of(block, place)[i];
@@ -366,7 +366,7 @@ void write_cluster(void* shared, int rank, const void* value, int bytes) {
 void check_leaving(const Block& block) {
   check_leaving_copies(block);
   if (!block.waited) fail("leaves without wait_for_previous_kernel: the kernel after this one would not wait either");
-  if (block.remote_reads_at == machine.cluster_barriers)
+  if (block.remote_reads_at == machine.cluster_meetings)
     fail("leaves while another block may still use its shared memory");
 }
 

@@ -110,6 +110,7 @@ struct Thread {
   float* sums_at;
   int num_sums;     // 0 for none
   bool begun;       // a run of products
+  bool started;     // a meeting of the cluster
   const uint8_t* stack;
 };
 
@@ -138,7 +139,7 @@ struct Block {
   int x, y, rank, index;
   int arrived, left, barriers;
   bool waited;  // some thread of it, for the kernel before
-  int remote_reads_at;  // cluster barrier of the last access from another block, 0 for never
+  int remote_reads_at;  // meeting of the cluster at the last access from another block, 0 for never
   uint8_t* shared;
   Thread* threads;
   Warp* warps;
@@ -151,7 +152,7 @@ struct Machine {
   const Launch* launch;
   std::vector<Block> blocks;  // of the running cluster
   Thread* current;
-  int cluster_barriers, cluster_arrived;
+  int cluster_barriers, cluster_meetings, cluster_arrived;  // barriers, with those that order nothing, threads at the next one
 };
 extern Machine machine;
 
