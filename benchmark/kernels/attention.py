@@ -36,6 +36,8 @@ MODELS = {"qwen3-1.7b": (16, 8, 128), "qwen3-8b": (32, 8, 128)}
 """Query heads, KV heads, head dimension."""
 PREFILLS = [(1, 8192), (4, 2048), (32, 256)]
 """Sequences, tokens of each."""
+FLASHINFER_PAGE = 16
+"""Tokens of a page that flashinfer's kernels are compared in."""
 BEST = 5
 """Lines that --tune prints for each case."""
 
@@ -244,6 +246,8 @@ def main() -> None:
     parser.add_argument("--flashinfer", action="store_true", help="which must be installed; pages of 16")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.flashinfer and FLASHINFER_PAGE not in args.page_size:
+        parser.error(f"--flashinfer takes pages of {FLASHINFER_PAGE}; add {FLASHINFER_PAGE} to --page-size")
     dtype = getattr(torch, args.dtype)
     print(f"{args.model} {args.dtype}; {torch.cuda.get_device_name()}, {torch.__version__}")
 
@@ -256,7 +260,7 @@ def main() -> None:
     for batch, context, page_size in product(args.decode, args.contexts, args.page_size):
         pool = Pool(args.model, batch, context, page_size, dtype)
         size = 2 * dtype.itemsize * batch * (context * pool.kv_heads + pool.heads) * pool.dim
-        others = flashinfer_decodes(pool) if args.flashinfer and page_size == 16 else ()
+        others = flashinfer_decodes(pool) if args.flashinfer and page_size == FLASHINFER_PAGE else ()
         for us, what in timed(chain(decode_variants(pool, args.max_context, args.tune), others), args.repeats):
             rate, floor = size / us / 1e6, size / BANDWIDTH * 1e6
             case = {"kind": "decode", "batch": batch, "context": context, "page_size": page_size}
@@ -270,7 +274,7 @@ def main() -> None:
     for (batch, context), page_size in product([] if args.no_prefill else PREFILLS, args.page_size):
         pool = Pool(args.model, batch, context, page_size, dtype)
         flops = 4 * pool.dim * pool.heads * batch * context * (context + 1) / 2
-        others = flashinfer_prefills(pool) if args.flashinfer and page_size == 16 else ()
+        others = flashinfer_prefills(pool) if args.flashinfer and page_size == FLASHINFER_PAGE else ()
         for us, what in timed(chain(prefill_variants(pool, args.tune), others), args.repeats):
             case = {"kind": "prefill", "batch": batch, "context": context, "page_size": page_size}
             rate = flops / us / 1e6

@@ -540,7 +540,7 @@ SGL_DEVICE void wait_for_arrivals(Arrivals* a, int parity) {
 }
 
 // What all lanes of a warp have alike, so that the compiler can tell: it then keeps it, and what follows from it, once for the warp.
-SGL_DEVICE int same_in_all_lanes(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+SGL_DEVICE int same_in_all_lanes(int value) { return shuffle(value, 0); }
 
 // What the caches should do with a tile: its lines are used once, or by other blocks too.
 enum class Reuse : uint64_t { kNone = 0x12f0000000000000, kSoon = 0x14f0000000000000 };

@@ -255,7 +255,7 @@ SGL_DEVICE int cluster_rank() { return emu::cluster_rank(); }
 SGL_DEVICE int cluster_x() { return emu::block_x() / emu::cluster_size(); }
 SGL_DEVICE int cluster_size() { return emu::cluster_size(); }
 SGL_DEVICE void cluster_barrier(emu::Place place = emu::here()) { emu::cluster_barrier(place); }
-// The first half is free of effects here, and the second the whole barrier.
+// Blocks meet at the second half alone, as late as they may.
 SGL_DEVICE void cluster_start() { emu::cluster_start(); }
 SGL_DEVICE void cluster_started(emu::Place place = emu::here()) { emu::cluster_started(place); }
 template <class T>

@@ -158,6 +158,17 @@ void release_block(Block& block) {
 void wake_block(Block& block) {
   for (int i = 0; i < machine.launch->threads; ++i) release(block.threads[i]);
 }
+// Whether this thread is the last one; the others wait.
+bool meet_cluster(const char* what, Place place) {
+  wait_at(what, place, nullptr);
+  if (++machine.cluster_arrived < machine.launch->threads * machine.launch->cluster) {
+    yield();
+    return false;
+  }
+  machine.cluster_arrived = 0;
+  ++machine.cluster_meetings;
+  return true;
+}
 
 // ---- the launch ----------------------------------------------------------------------------------------------------
 
@@ -308,22 +319,6 @@ void warp_barrier(Place place) {
     share_knowledge(*thread.block, thread.id / size * size, size);
   });
 }
-
-namespace {
-
-// Whether this thread is the last one; the others wait.
-bool meet_cluster(const char* what, Place place) {
-  wait_at(what, place, nullptr);
-  if (++machine.cluster_arrived < machine.launch->threads * machine.launch->cluster) {
-    yield();
-    return false;
-  }
-  machine.cluster_arrived = 0;
-  ++machine.cluster_meetings;
-  return true;
-}
-
-}  // namespace
 
 void cluster_barrier(Place place) {
   if (machine.current->started) fail("cluster_barrier before the cluster_started of a cluster_start");
